@@ -60,6 +60,7 @@ GEMMA = {"num_layers": 4, "head_dim": 32, "sliding_window": 512, "tie_embeddings
 LORA = AdapterConfig(name="lora", method=AdapterMethod.LORA, rank=8)
 QLORA = replace(LORA, name="qlora", method=AdapterMethod.QLORA)
 LORA_HEAD = replace(LORA, modules_to_save=["head", "norms"])
+DORA = replace(LORA, dora=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,6 +194,10 @@ CASES: tuple[Case, ...] = (
     _case("lora, recompute, two micro-batches", micro_batches=2, adapter=LORA),
     *(_case(f"{name}, {how}", HOW[how], model=MORE[name], tokens=2048) for name, policies in BY_FAMILY.items() for how in policies),
     _case("cohere2, by 256, bfloat16", HOW["by 256"], model=MORE["cohere2"], tokens=2048, dtype="bfloat16"),
+    _case("dora, recompute, bfloat16", dtype="bfloat16", adapter=DORA),
+    _case("dora, keep", KEEP, adapter=DORA),
+    _case("dora, streambp", STREAMBP, tokens=2048, adapter=DORA),
+    _case("lora beside a fused matrix, by 256", HOW["by 256"], model=MORE["glm4"], tokens=2048, adapter=LORA),
     _case("qlora, recompute, bfloat16", dtype="bfloat16", adapter=QLORA),
     _case("qlora, keep", KEEP, adapter=QLORA),
     _case("qlora by 256, streambp, Ulysses 2", STREAMBP, dtype="bfloat16", ranks=2, scheme="ulysses", tokens=2048, adapter=QLORA),

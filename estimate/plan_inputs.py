@@ -331,8 +331,13 @@ class PlanInputs:
 
     @property
     def adapter_inner_flops(self) -> float:
-        """FLOPs of one token's x A^T in all adapters of a layer."""
-        return 2.0 * self.adapter.rank * sum(matrix.columns for matrix in targets(self.adapter, self.spec))
+        """FLOPs of one token's x A^T in all adapters of a layer, for each product through a fused matrix anew."""
+        return 2.0 * self.adapter.rank * sum(matrix.columns * matrix.products for matrix in targets(self.adapter, self.spec))
+
+    @property
+    def turned_layer_parameters(self) -> int:
+        """Weights of one layer's matrices whose rows have a trained length (adapter.dora)."""
+        return sum(matrix.rows * matrix.columns for matrix in targets(self.adapter, self.spec)) if self.adapter.dora else 0
 
     @property
     def packed_layer_parameters(self) -> int:

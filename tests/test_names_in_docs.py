@@ -72,3 +72,10 @@ def test_the_picture_of_the_floors_is_the_order_of_imports() -> None:
     drawn = [tuple(word for word in re.split(r"\s{2,}", line) if word in FLOOR) for line in picture[1].splitlines()]
     flat = [folder for floor in drawn for folder in floor]
     assert flat == [folder for floor in ORDER for folder in floor]
+
+
+def test_no_file_holds_two_versions_of_a_line() -> None:
+    """A merge that was not ended leaves them; in Python nothing would run, in pages and configuration nobody would notice."""
+    marks = re.compile(r"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    written = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "pyproject.toml", *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "tests" / "golden").rglob("*.*")]
+    assert not [str(path.relative_to(ROOT)) for path in written if marks.search(path.read_text(encoding="utf-8"))]

@@ -263,7 +263,7 @@ def agreed_adapter(config: RunSettings, topology: Topology) -> dict[str, Any] | 
     mine = model_digest(config.model, config.train.seed, config.train.dtype) if topology.rank == 0 else ""
     payload = [mine]
     dist.broadcast_object_list(payload, 0, group=topology.world, device=torch.device("cpu"))
-    return adapter_identity(config.adapter, payload[0])
+    return adapter_identity(config.adapter, payload[0], model_spec(config.model))
 
 
 def _metadata(

@@ -56,8 +56,9 @@ class Adapted(Ours):
 
 def _pack(layer: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> None:
     """Pack a layer's own matrices."""
-    names = quantized_names(adapter)
-    plain: dict[str, Any] = {name: layer.get_submodule(name) for name in names}
+    there = dict(layer.named_modules())
+    names = tuple(name for name in quantized_names(adapter) if name in there)
+    plain: dict[str, Any] = {name: there[name] for name in names}
     insert_quantized(layer, names, dtype)
     fill_levels(layer)
     for name, linear in plain.items():

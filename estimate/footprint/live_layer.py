@@ -187,7 +187,7 @@ def graph_moments(inputs: PlanInputs) -> dict[Phase, list[Moment]]:
         Phase.FORWARD: [Moment(saved + 2 * w.H)],
         Phase.LOSS: [Moment(w.H)],
         Phase.BACKWARD_MLP: [
-            *([Moment(saved + w.H + 2 * w.F)] * _has_dense(inputs)),
+            *([Moment(saved + w.H + 2 * w.F + w.H * inputs.adapter.dora)] * _has_dense(inputs)),
             *([] if inputs.spec.experts is None else mixture_graph_backward(inputs, inputs.spec.experts, saved + w.H)),
         ],
         Phase.BACKWARD_ATTENTION: [
@@ -223,13 +223,15 @@ def after_backward(inputs: PlanInputs, w: Widths, whole: float, piece: float = 0
     The last product: activation, the product's gradient and its two factors', beside the layer's output. The norm: gate's and
     up's gradients and their weights' beside its own work.
     """
+    # A magnitude's gradient needs its product's values (model/adapters/dora.py): of gate, up and projections where less is beside them.
+    values = w.H * inputs.adapter.dora
     total = piece + w.R * is_made(inputs, RESIDUAL) + 2 * (w.R - w.H)
     mixture = [] if inputs.spec.experts is None else mixture_backward(inputs, inputs.spec.experts, whole, total)
     # The gradients of gate's and of up's rows in one matrix are as large as that matrix each.
     weight = inputs.width * inputs.spec.hidden_size * inputs.spec.intermediate_size * inputs.trains_all * (1 + inputs.spec.fused_gate_up)
     ended = w.H * inputs.spec.ends_with_norms  # the last product, which the norm behind it reads
     dense = [
-        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H + ended),
+        Moment(whole, total + 2 * w.F * is_made(inputs, GATE_UP) + 4 * w.F + w.H + values + ended),
         Moment(whole, total + 2 * w.F + norm_backward(inputs, inputs.spec.hidden_size), weight * (1 if inputs.in_pieces else 2)),
     ]
     return [*mixture, *(dense * _has_dense(inputs))]

@@ -7,7 +7,7 @@ lives until the next one starts. `layer` is the layer whose backward the backwar
 
 from __future__ import annotations
 
-from ...model.adapters.names import ATTENTION
+from ...model.adapters.names import ATTENTION, QKV
 from ...model.adapters.nf4_layout import STRIP_NUMBERS
 from ...model.adapters.targets import quantized
 from ...model.spec import feed_forward_weights
@@ -75,10 +75,11 @@ def unpacked_matrix(inputs: PlanInputs) -> Term:
 
     Note: mirrors model/adapters/{quantized,nf4}.py, one product at a time.
     """
-    sizes = {matrix.name: (matrix.rows * matrix.columns, matrix.columns) for matrix in quantized(inputs.adapter, inputs.spec)}
+    sizes = {matrix.name: (matrix.largest_rows * matrix.columns, matrix.columns) for matrix in quantized(inputs.adapter, inputs.spec)}
     each = {name: inputs.width * whole + STRIP_BYTES * max(row, min(whole, STRIP_NUMBERS)) for name, (whole, row) in sizes.items()}
-    before = max((each[name] for name in each if name in ATTENTION[:3]), default=0)
-    after = max((each[name] for name in each if name not in ATTENTION[:3]), default=0)
+    projections = (*ATTENTION[:3], QKV)
+    before = max((each[name] for name in each if name in projections), default=0)
+    after = max((each[name] for name in each if name not in projections), default=0)
     by_phase = dict.fromkeys((Phase.FORWARD, Phase.EVALUATION, Phase.SEGMENT), max(before, after))
     by_phase |= {Phase.BACKWARD_MLP: after, Phase.BACKWARD_ATTENTION: before, Phase.BACKWARD_PROJECTIONS: before}
     return Term("unpacked matrix", "of one product, and what unpacks it", by_phase)

@@ -101,11 +101,14 @@ def _beside_adapters(inputs: PlanInputs, matrices: float) -> float:
 def backward_flops(inputs: PlanInputs) -> float:
     """Linear FLOPs of one token in one layer's backward, nothing recomputed: 4 a weight; 2 where it is frozen.
 
-    An adapter's factors take 4 a number, and x A^T is made again (model/adapters/lora.py).
+    An adapter's factors take 4 a number, and x A^T is made again (model/adapters/lora.py); a magnitude needs its product's values,
+    2 a weight and 2 a number of the factors (dora.py).
     """
     if inputs.trains_all:
         return 4.0 * inputs.active_layer_parameters
-    return 2.0 * (inputs.active_layer_parameters + inputs.adapter_layer_parameters) + inputs.adapter_inner_flops
+    own = inputs.active_layer_parameters + inputs.adapter_layer_parameters
+    values = inputs.turned_layer_parameters + inputs.adapter_layer_parameters * inputs.adapter.dora
+    return 2.0 * (own + values) + inputs.adapter_inner_flops
 
 
 def model_flops_per_token(inputs: PlanInputs) -> float:

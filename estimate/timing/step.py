@@ -21,7 +21,7 @@ from .flops import (
     work_s,
 )
 from .offload import host_stall_s, leaving_bytes, returning_bytes
-from .unpack import unpack_s
+from .unpack import norms_s, unpack_s
 from .update import update_time
 
 
@@ -76,7 +76,7 @@ def estimate_time(inputs: PlanInputs) -> Timing:
     reference = reference_flops(inputs, length)
     reference_s = reference[0] / inputs.attention_rate.forward + reference[1] / inputs.gemm_rate
     compute = (in_turn * work_s(inputs, attention, linear) + in_turn // passes * reference_s) / layout.sp_degree
-    compute += inputs.passes * unpack_s(inputs)
+    compute += inputs.passes * (unpack_s(inputs) + norms_s(inputs))
     ring = max(0.0, ring_s(inputs) * length - work_s(inputs, attention, 0.0) / layout.sp_degree)
     exchange = in_turn * (exchange_s(inputs) * length + ring)
     sharding = max(0.0, sharding_s(inputs) - compute)

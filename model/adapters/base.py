@@ -10,9 +10,10 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import ModelConfig
+from ..spec import ModelSpec
 from ..weights import weights_fingerprint
 from .config import AdapterConfig
-from .names import quantized_names
+from .targets import quantized
 
 
 def model_digest(config: ModelConfig, seed: int, dtype: object) -> str:
@@ -27,10 +28,11 @@ def model_digest(config: ModelConfig, seed: int, dtype: object) -> str:
     return hashlib.sha256(repr([model, dtype, origin, *seeded]).encode()).hexdigest()
 
 
-def adapter_identity(adapter: AdapterConfig, base: str) -> dict[str, Any]:
+def adapter_identity(adapter: AdapterConfig, base: str, spec: ModelSpec) -> dict[str, Any]:
     """What a checkpoint of adapters keeps of the function they are a part of, as JSON; shapes are in its tensors."""
-    packed = {"packed": list(quantized_names(adapter))} if adapter.quantizes else {}
-    return {"base": base, "scaling": adapter.scaling, "rank": adapter.rank, **packed}
+    packed = {"packed": [matrix.name for matrix in quantized(adapter, spec)]} if adapter.quantizes else {}
+    dora = {"dora": True} if adapter.dora else {}
+    return {"base": base, "scaling": adapter.scaling, "rank": adapter.rank, **packed, **dora}
 
 
 def check_same_base(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, config: ModelConfig, step: int) -> None:
@@ -55,6 +57,14 @@ def check_same_base(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | No
             found="adapters that were trained beside matrices of another precision: others were in NF4",
             expected="the frozen numbers they were trained with",
             hint=f"{before}; run.id=ANOTHER for a new run",
+        )
+    if saved.get("dora", False) != now.get("dora", False):
+        before = "with" if saved.get("dora") else "without"
+        raise ConfigError(
+            where,
+            found=f"adapters {before} magnitudes of their own",
+            expected="the same parameters as before",
+            hint=f"adapter.dora={str(bool(saved.get('dora'))).lower()}; run.id=ANOTHER for a new run",
         )
     if saved["scaling"] != now["scaling"]:
         raise ConfigError(

@@ -34,6 +34,8 @@ class AdapterConfig:
     """Numerator of the scaling: alpha / rank, or alpha / sqrt(rank) with rslora."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps updates the same size for any rank (2312.03732)."""
+    dora: bool = False
+    """Train a length for each row of a matrix apart from its direction, which the factors change (DoRA, 2402.09353)."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Matrices with an adapter: all-linear, attention, mlp, or names as q_proj."""
     quantized: list[str] = field(default_factory=lambda: ["all-linear"])

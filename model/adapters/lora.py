@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import AdapterConfig
-from .names import FACTORS, is_trained, target_names
+from .names import FACTORS, MAGNITUDE, is_trained, target_names
 
 
 class Factors(NamedTuple):
@@ -25,26 +25,35 @@ class Factors(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    """A length for each row of the matrix (M,), where it is trained apart from the direction (dora.py)."""
 
 
 class LoraFactors(nn.Module):
-    """Holds the factors A (rank, I) and B (M, rank) of one matrix; has no forward, projections read it."""
+    """Holds the factors A (rank, I) and B (M, rank) of one matrix, with adapter.dora its magnitude (M,); has no forward, is read."""
 
     def __init__(self, rows: int, columns: int, config: AdapterConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.scaling = config.scaling
         self.A = nn.Parameter(torch.empty(config.rank, columns, dtype=dtype))
         self.B = nn.Parameter(torch.empty(rows, config.rank, dtype=dtype))
+        self.register_parameter(MAGNITUDE, nn.Parameter(torch.empty(rows, dtype=dtype)) if config.dora else None)
 
     def factors(self) -> Factors:
         """The factors, read anew: an engine puts other tensors in place."""
-        return Factors(self.A, self.B, self.scaling)
+        return Factors(self.A, self.B, self.scaling, self._parameters[MAGNITUDE])
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Fill A with uniform numbers of variance 1 / (3 I), as a Linear is by default, and B with zeros: the model starts as it was."""
+        """Fill A with uniform numbers of variance 1 / (3 I), as a Linear is by default, and B with zeros: the model starts as it was.
+
+        A magnitude is ones until the matrix beside it is there (`dora.initialise_magnitudes`).
+        """
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
+        magnitude = self._parameters[MAGNITUDE]
+        if magnitude is not None:
+            nn.init.ones_(magnitude)
 
 
 def insert_adapters(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype) -> None:
@@ -55,8 +64,8 @@ def insert_adapters(model: nn.Module, config: AdapterConfig, compute_dtype: torc
     layers: Any = model.model.layers  # type: ignore[union-attr]
     dtype = next(model.parameters()).dtype
     for layer in layers:
-        for name in target_names(config):
-            linear = layer.get_submodule(name)
+        there = dict(layer.named_modules())
+        for linear in (there[name] for name in target_names(config) if name in there):
             rows, columns = linear.weight.shape
             with torch.device(linear.weight.device):
                 linear.add_module(FACTORS, LoraFactors(rows, columns, config, dtype))

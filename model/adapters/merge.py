@@ -20,7 +20,7 @@ from ..hf_fields import hf_config_dict
 from ..weights import load_weights, persistent_buffers
 from .base import model_digest
 from .config import AdapterConfig, AdapterMethod
-from .names import FACTORS, is_factor, quantized_names
+from .names import FACTORS, MAGNITUDE, is_factor, quantized_names
 from .nf4 import byte_levels, pack, unpack
 
 
@@ -98,6 +98,7 @@ class Rounding:
 def merge(weights: dict[str, Tensor], trained: Mapping[str, Tensor], scaling: float, dtype: torch.dtype | None = None) -> Rounding | None:
     """Put trained parts in place of the model's, and add each matrix its s B A; sums in float32 (float64 for float64), rounded once.
 
+    Rows of a matrix with a magnitude get that length (dora.py).
     `dtype`: that of the merged matrices; None: as they were. Returns the largest error of that rounding; None where nothing was rounded.
     """
     worst: Rounding | None = None
@@ -107,8 +108,13 @@ def merge(weights: dict[str, Tensor], trained: Mapping[str, Tensor], scaling: fl
         elif name.endswith(".A"):
             owner = name.removesuffix(f".{FACTORS}.A") + ".weight"
             wide = torch.promote_types(weights[owner].dtype, torch.float32)
-            update = (trained[name.removesuffix(".A") + ".B"].to(wide) @ tensor.to(wide)).mul_(scaling)
-            exact = weights[owner].to(wide).add(update)
+            stem, before = name.removesuffix(".A"), weights[owner].to(wide)
+            update = (trained[f"{stem}.B"].to(wide) @ tensor.to(wide)).mul_(scaling)
+            exact = before + update
+            magnitude = trained.get(f"{stem}.{MAGNITUDE}")
+            if magnitude is not None:
+                exact *= (magnitude.to(wide) / torch.linalg.vector_norm(exact, dim=1)).unsqueeze(1)
+                update = exact - before
             weights[owner] = exact.to(dtype or weights[owner].dtype)
             error, size = (exact - weights[owner].to(wide)).norm().item(), update.norm().item()
             if error and (worst is None or error > worst.of_update * size):

@@ -1,14 +1,15 @@
 """Adapters as PEFT's files have them: names, settings, and which settings of others are refused. Reads headers; no torch.
 
 Note: a directory has adapter_config.json and adapter_model.safetensors, whose names are the model's own behind `base_model.model.`,
-`.lora_A.weight` and `.lora_B.weight` for factors (as huggingface/peft saves them). What peft puts into its file for an
-option that is not here would be trained as something else, so every setting that is not known to change nothing is refused by name.
+`.lora_A.weight` and `.lora_B.weight` for factors, `.lora_magnitude_vector` for DoRA's (as huggingface/peft saves them). What peft puts
+into its file for an option that is not here would be trained as something else, so every setting that is not known to change nothing is
+refused by name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..load_plan import parameter_shapes
 from ..spec import ModelSpec
 from ..weight_files import read_header
 from .config import AdapterConfig
-from .names import FACTORS, is_factor, is_trained, target_names
+from .names import FACTORS, MAGNITUDE, is_factor, is_trained
 from .targets import targets
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,7 +28,7 @@ BASE_KEY = "efflaunch_base"
 _SAYS_NOTHING = frozenset(
     {
         *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version", "runtime_config"),
-        *("target_modules", "modules_to_save", "r", "lora_alpha", "use_rslora", "lora_dropout", "qalora_group_size"),
+        *("target_modules", "modules_to_save", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "qalora_group_size"),
         *("megatron_core", "eva_config"),
     }
 )
@@ -40,9 +41,14 @@ _NEEDED: Mapping[str, tuple[Any, ...]] = {
 """Settings with the values that are understood. Other ways to start (pissa, olora, corda, loftq) change the model itself."""
 
 
+_NAMES = {f".{FACTORS}.A": ".lora_A.weight", f".{FACTORS}.B": ".lora_B.weight", f".{FACTORS}.{MAGNITUDE}": ".lora_magnitude_vector"}
+"""Ends of names of an adapter's parameters, here and in PEFT's files."""
+
+
 def peft_name(name: str) -> str:
     """Name in PEFT's files of a trained parameter of the model."""
-    return PREFIX + name.replace(f".{FACTORS}.A", ".lora_A.weight").replace(f".{FACTORS}.B", ".lora_B.weight")
+    end = next((end for end in _NAMES if name.endswith(end)), "")
+    return PREFIX + name.removesuffix(end) + _NAMES.get(end, "")
 
 
 def trained_shapes(config: AdapterConfig, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -52,11 +58,15 @@ def trained_shapes(config: AdapterConfig, spec: ModelSpec) -> dict[str, tuple[in
         for matrix in targets(config, spec):
             name = f"model.layers.{layer}.{matrix.name}.{FACTORS}"
             shapes |= {f"{name}.A": (config.rank, matrix.columns), f"{name}.B": (matrix.rows, config.rank)}
+            shapes |= {f"{name}.{MAGNITUDE}": (matrix.rows,)} if config.dora else {}
     return shapes
 
 
-def settings_of(config: AdapterConfig, base: str | None) -> dict[str, Any]:
-    """What adapter_config.json says of these adapters, for peft. `base`: the model's directory or name."""
+def settings_of(config: AdapterConfig, base: str | None, names: Iterable[str]) -> dict[str, Any]:
+    """What adapter_config.json says of these adapters, for peft. `base`: the model's directory or name.
+
+    `names`: of trained parameters in the model; those of factors say which matrices have adapters.
+    """
     saved = {"embedding": "embed_tokens", "head": "lm_head", "norms": "norm"}
     return {
         "peft_type": "LORA",
@@ -68,10 +78,10 @@ def settings_of(config: AdapterConfig, base: str | None) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_dora": False,
+        "use_dora": config.dora,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": [name.rpartition(".")[2] for name in target_names(config)],
+        "target_modules": _matrices(names),
         "modules_to_save": [saved[part] for part in config.modules_to_save] or None,
     }
 
@@ -141,14 +151,19 @@ def _check_options(saved: Mapping[str, Any], folder: Path) -> None:
 
 
 def _check_scale(config: AdapterConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    theirs = saved.get("r"), saved.get("lora_alpha"), bool(saved.get("use_rslora"))
-    if theirs != (config.rank, config.alpha, config.rslora):
+    theirs = saved.get("r"), saved.get("lora_alpha"), _word(saved.get("use_rslora")), _word(saved.get("use_dora"))
+    ours = config.rank, config.alpha, _word(config.rslora), _word(config.dora)
+    if theirs != ours:
         raise ConfigError(
             f"adapter.init {folder}",
-            found=f"rank {theirs[0]}, alpha {theirs[1]}, rslora {str(theirs[2]).lower()}",
-            expected=f"this run's: {config.rank}, {config.alpha:g}, {str(config.rslora).lower()}",
-            hint=f"adapter.rank={theirs[0]} adapter.alpha={theirs[1]} adapter.rslora={str(theirs[2]).lower()}",
+            found=f"rank {theirs[0]}, alpha {theirs[1]}, rslora {theirs[2]}, dora {theirs[3]}",
+            expected=f"this run's: {ours[0]}, {ours[1]:g}, {ours[2]}, {ours[3]}",
+            hint=f"adapter.rank={theirs[0]} adapter.alpha={theirs[1]} adapter.rslora={theirs[2]} adapter.dora={theirs[3]}",
         )
+
+
+def _word(flag: object) -> str:
+    return "true" if flag else "false"
 
 
 def _named(word: str, names: list[str]) -> list[str]:
@@ -159,9 +174,14 @@ def _named(word: str, names: list[str]) -> list[str]:
 def _as_in_the_file(stored: Mapping[str, Any]) -> str:
     """The overrides that ask for what the file has."""
     ours = [_our_name(name) for name in stored]
-    matrices = dict.fromkeys(name.split(f".{FACTORS}.")[0].rpartition(".")[2] for name in ours if is_factor(name))
+    matrices = _matrices(ours)
     parts = list(dict.fromkeys(_parts(name for name in ours if not is_factor(name))))
     return f"adapter.targets=[{','.join(matrices)}] adapter.modules_to_save=[{','.join(parts)}]" if matrices else ""
+
+
+def _matrices(names: Iterable[str]) -> list[str]:
+    """Last names of the matrices beside which there are factors, each once."""
+    return list(dict.fromkeys(name.split(f".{FACTORS}.")[0].rpartition(".")[2] for name in names if is_factor(name)))
 
 
 def _parts(names: Iterator[str]) -> Iterator[str]:
@@ -170,4 +190,5 @@ def _parts(names: Iterator[str]) -> Iterator[str]:
 
 
 def _our_name(name: str) -> str:
-    return name.removeprefix(PREFIX).replace(".lora_A.weight", f".{FACTORS}.A").replace(".lora_B.weight", f".{FACTORS}.B")
+    end = next((ours for ours, theirs in _NAMES.items() if name.endswith(theirs)), "")
+    return name.removeprefix(PREFIX).removesuffix(_NAMES.get(end, "")) + end

@@ -49,5 +49,5 @@ def write_adapter(tensors: Mapping[str, Tensor], out_dir: Path, config: AdapterC
     save_file(named, path, metadata={"format": "pt", BASE_KEY: digest})
     # safetensors writes beside it and renames, readable by the owner only.
     path.chmod(mode)
-    settings: dict[str, Any] = settings_of(config, base)
+    settings: dict[str, Any] = settings_of(config, base, tensors)
     (out_dir / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

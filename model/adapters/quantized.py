@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...parallel.sharding.parts import memory_of, slices, write_shard
+from .dora import TurnedNeeds, turned, turned_backward
 from .lora import Factors, product
 from .names import PACKED, is_packed, plain_name
 from .nf4 import byte_levels, pack, unpack
@@ -71,9 +72,10 @@ class QuantizedLinear(nn.Module):
 
 def insert_quantized(layer: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> None:
     """Put a `QuantizedLinear` in place of each projection of a layer that `names` has; what is beside the matrix stays beside it."""
-    for name in names:
+    there: dict[str, Any] = dict(layer.named_modules())
+    for name in (name for name in names if name in there):
         owner, _, last = name.rpartition(".")
-        linear: Any = layer.get_submodule(name)
+        linear = there[name]
         quantized = QuantizedLinear(linear, dtype)
         for child, module in linear.named_children():
             quantized.add_module(child, module)
@@ -103,6 +105,8 @@ def plain_shapes(named: Mapping[str, Tensor], model: nn.Module) -> dict[str, tup
 class PackedProduct(torch.autograd.Function):
     """x W^T + b + s (x A^T) B^T as `LoraProduct`, W (M, I) packed and unpacked anew in each pass; A and B may be None.
 
+    With a magnitude (M,) what `DoraProduct` makes of it.
+
     Saves x, the bytes and the factors alone. `values` False: only gradients are wanted; forward takes no memory.
     """
 
@@ -116,35 +120,43 @@ class PackedProduct(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
+        magnitude: Tensor | None,
         values: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, packed, levels, a, b)
+        ctx.save_for_backward(x, packed, levels, a, b, magnitude)
         ctx.form = columns, dtype, scaling = form
         if not values:
             return x.new_zeros(()).expand(x.shape[0], packed.shape[0])
         wide = unpack(packed, columns, dtype, levels)
-        return F.linear(x, wide, bias) if a is None or b is None else product(x, wide, bias, Factors(a, b, scaling))
+        if a is None or b is None:
+            return F.linear(x, wide, bias)
+        return (product if magnitude is None else turned)(x, wide, bias, Factors(a, b, scaling, magnitude))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, packed, levels, a, b = ctx.saved_tensors
-        needs_x, _, _, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        x, packed, levels, a, b, magnitude = ctx.saved_tensors
+        needs_x, _, _, _, needs_bias, needs_a, needs_b, needs_magnitude, _ = ctx.needs_input_grad
         columns, dtype, scaling = ctx.form
+        d_bias = dy.sum(0) if needs_bias else None
+        if magnitude is not None:
+            wide, needs = unpack(packed, columns, dtype, levels), TurnedNeeds(needs_x, False, needs_a, needs_b, needs_magnitude)
+            got = turned_backward(x, wide, Factors(a, b, scaling, magnitude), dy, needs)
+            return got.x, None, None, None, d_bias, got.a, got.b, got.magnitude, None
         inner = None if b is None else dy @ b
         d_x = dy @ unpack(packed, columns, dtype, levels) if needs_x else None
         if d_x is not None and inner is not None:
             d_x.addmm_(inner, a, alpha=scaling)
         d_a = (inner.T @ x).mul_(scaling) if needs_a and inner is not None else None
         d_b = (dy.T @ (x @ a.T)).mul_(scaling) if needs_b else None
-        return d_x, None, None, None, dy.sum(0) if needs_bias else None, d_a, d_b, None
+        return d_x, None, None, None, d_bias, d_a, d_b, None, None
 
 
 def packed_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, factors: Factors | None, *, values: bool) -> Tensor:
     """The product of x (T, I) with a packed matrix and its adapter, if it has one: (T, M)."""
-    a, b, scaling = factors if factors is not None else (None, None, 0.0)
+    a, b, scaling, magnitude = factors if factors is not None else (None, None, 0.0, None)
     form = (matrix.columns, matrix.dtype, scaling)
-    return PackedProduct.apply(x, matrix.packed, matrix.levels, form, bias, a, b, values)  # type: ignore[no-any-return]
+    return PackedProduct.apply(x, matrix.packed, matrix.levels, form, bias, a, b, magnitude, values)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from ...errors import ConfigError
 from ..families import facts_of
 from ..spec import ModelSpec
 from .config import AdapterConfig
-from .names import ATTENTION, GROUPS, MLP, SAVED, matching, quantized_names, target_names
+from .names import ATTENTION, GATE_UP, GROUPS, MLP, QKV, SAVED, matching, quantized_names, target_names
 from .nf4_layout import RowLayout
 
 
@@ -19,10 +19,22 @@ class Target:
     name: str
     rows: int
     columns: int
+    parts: tuple[int, ...] = ()
+    """Rows of each product through a fused matrix, which are made one after the other; (): one product."""
 
-    def numbers(self, rank: int) -> int:
-        """Numbers of A and B."""
-        return rank * (self.rows + self.columns)
+    @property
+    def largest_rows(self) -> int:
+        """Rows of the largest product."""
+        return max(self.parts, default=self.rows)
+
+    @property
+    def products(self) -> int:
+        """Products through the matrix, each with an x A^T of its own."""
+        return max(1, len(self.parts))
+
+    def numbers(self, config: AdapterConfig) -> int:
+        """Numbers of A and B, and of the magnitude where there is one."""
+        return config.rank * (self.rows + self.columns) + self.rows * config.dora
 
     @property
     def packed_bytes(self) -> int:
@@ -32,19 +44,29 @@ class Target:
 
 def matrices(spec: ModelSpec) -> tuple[Target, ...]:
     """The matrices of a decoder layer that may have adapters: attention's, and those of a dense feed-forward."""
-    hidden, queries, keys, inner = spec.hidden_size, spec.query_size, spec.kv_size, spec.intermediate_size
-    sizes = dict(zip(ATTENTION, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True))
-    if spec.experts is None:
-        sizes |= dict(zip(MLP, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
-    fused = _fused(spec)
-    sizes = {name: size for name, size in sizes.items() if name not in fused}
-    return tuple(Target(name, *size) for name, size in sizes.items())
-
-
-def _fused(spec: ModelSpec) -> tuple[str, ...]:
-    """Names of matrices that are rows of one, in the model's family."""
+    hidden, keys, inner = spec.hidden_size, spec.kv_size, spec.intermediate_size
     facts = facts_of(spec.family)
-    return (*(ATTENTION[:3] * facts.fused_qkv), *(MLP[:2] * facts.fused_gate_up))
+    matrices = [
+        *_beside_each_other(ATTENTION[:3], (spec.query_size, keys, keys), hidden, QKV if facts.fused_qkv else None),
+        Target(ATTENTION[3], hidden, spec.query_size),
+    ]
+    if spec.experts is None:
+        matrices += _beside_each_other(MLP[:2], (inner, inner), hidden, GATE_UP if facts.fused_gate_up else None)
+        matrices.append(Target(MLP[2], hidden, inner))
+    return tuple(matrices)
+
+
+def _beside_each_other(names: tuple[str, ...], rows: tuple[int, ...], columns: int, fused: str | None) -> list[Target]:
+    """Matrices of the same input: each of them, or all in one of the name `fused`."""
+    if fused is not None:
+        return [Target(fused, sum(rows), columns, rows)]
+    return [Target(name, each, columns) for name, each in zip(names, rows, strict=True)]
+
+
+def _fused(spec: ModelSpec) -> dict[str, str]:
+    """Names that are rows of one matrix in the model's family, each with that of the matrix."""
+    facts = facts_of(spec.family)
+    return dict.fromkeys(ATTENTION[:3] * facts.fused_qkv, QKV) | dict.fromkeys(MLP[:2] * facts.fused_gate_up, GATE_UP)
 
 
 def targets(config: AdapterConfig, spec: ModelSpec) -> tuple[Target, ...]:
@@ -89,7 +111,7 @@ def trained_numbers(config: AdapterConfig, spec: ModelSpec) -> TrainedNumbers:
     matrix, saved = spec.vocab_size * spec.hidden_size, config.modules_to_save
     norms = spec.norms_per_layer * spec.norm_weights + spec.head_norm_weights
     return TrainedNumbers(
-        adapter=sum(target.numbers(config.rank) for target in targets(config, spec)),
+        adapter=sum(target.numbers(config) for target in targets(config, spec)),
         norms=norms * ("norms" in saved),
         embedding=matrix * ("embedding" in saved),
         head=matrix * ("head" in saved),
@@ -102,6 +124,8 @@ def check_adapter(config: AdapterConfig, spec: ModelSpec) -> None:
     if not config.is_trained:
         if config.init is not None:
             raise ConfigError("adapter.init", found=f"{config.init} without adapters", expected="adapter=lora", hint="adapter=lora")
+        if config.dora:
+            raise ConfigError("adapter.dora", found="true without adapters", expected="adapter=lora", hint="adapter=lora adapter.dora=true")
         return
     if config.dropout:
         raise ConfigError(
@@ -128,11 +152,10 @@ def check_adapter(config: AdapterConfig, spec: ModelSpec) -> None:
 
 def _check_names(key: str, words: list[str], spec: ModelSpec) -> None:
     there = [matrix.name for matrix in matrices(spec)]
-    short = ", ".join(name.rpartition(".")[2] for name in there)
-    lack = "has no adapter yet" if key == "adapter.targets" else "is not packed yet"
+    short, fused = ", ".join(name.rpartition(".")[2] for name in there), _fused(spec)
     for word in words:
         found = matching(word)
-        if found and spec.experts is not None and not set(found) <= set(there):
+        if spec.experts is not None and set(found) & {*MLP, GATE_UP}:
             raise ConfigError(
                 key,
                 found=f"{word} for a model with experts",
@@ -140,14 +163,15 @@ def _check_names(key: str, words: list[str], spec: ModelSpec) -> None:
                 f"and {'have no adapters' if key == 'adapter.targets' else 'are not packed'} yet",
                 hint=f"{key}=[attention]",
             )
-        if set(found) & set(_fused(spec)):
+        if len(found) == 1 and found[0] in fused:
+            whole = fused[found[0]].rpartition(".")[2]
             raise ConfigError(
                 key,
                 found=f"{word} for a {spec.family.value} model",
-                expected=f"some of {short}: this family has one matrix for several of the others, which {lack}",
-                hint=f"{key}=[{short.replace(' ', '')}]",
+                expected=f"some of {short}: this family has one matrix, {whole}, for it and others",
+                hint=f"{key}=[{whole}]",
             )
-        if not found:
+        if not set(found) & set(there):
             raise ConfigError(
                 key,
                 found=f"{word!r}, which matches no matrix of a decoder layer",

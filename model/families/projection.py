@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ...memory.executor.weight_products import LayerProducts
+from ..adapters.dora import DoraProduct
 from ..adapters.lora import Factors, LoraFactors, LoraProduct
 from ..adapters.names import FACTORS
 from ..adapters.quantized import PackedMatrix, QuantizedLinear, packed_product
@@ -40,6 +41,11 @@ class Projection:
     products: LayerProducts | None = None
     """Where operands of the weight's gradient wait; None: backward makes it."""
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of W, packed or not."""
+        return (self.weight.packed if isinstance(self.weight, PackedMatrix) else self.weight).shape[0]
+
     def __call__(self, x: Tensor, *, graph: bool = False, rows: Rows = None) -> Tensor:
         """Apply it: (T, I) -> (T, M), by the weight's `rows`. `graph`: values may be anything, only gradients are wanted."""
         weight, bias, factors = self.weight, self.bias, self.factors
@@ -49,17 +55,26 @@ class Projection:
             packed = isinstance(weight, PackedMatrix)
             weight = weight._replace(packed=_runs(weight.packed, rows)) if packed else _runs(weight, rows)
             bias = None if bias is None else _runs(bias, rows)
-            factors = None if factors is None else factors._replace(b=_runs(factors.b, rows))
+            factors = None if factors is None else _of_rows(factors, rows)
         if isinstance(weight, PackedMatrix):
             return packed_product(x, weight, bias, factors, values=not graph)
         if factors is not None:
-            return LoraProduct.apply(x, weight, bias, *factors, not graph)  # type: ignore[no-any-return]
+            a, b, scaling, magnitude = factors
+            if magnitude is not None:
+                return DoraProduct.apply(x, weight, bias, a, b, magnitude, scaling, not graph)  # type: ignore[no-any-return]
+            return LoraProduct.apply(x, weight, bias, a, b, scaling, not graph)  # type: ignore[no-any-return]
         return LinearGraph.apply(x, weight, bias) if graph else F.linear(x, weight, bias)  # type: ignore[no-any-return]
 
 
 def _runs(t: Tensor, rows: tuple[slice, ...]) -> Tensor:
     """The rows of (M, ...): a view where they are one run."""
     return t[rows[0]] if len(rows) == 1 else torch.cat([t[run] for run in rows])
+
+
+def _of_rows(factors: Factors, rows: tuple[slice, ...]) -> Factors:
+    """The factors of these rows of their matrix."""
+    magnitude = None if factors.magnitude is None else _runs(factors.magnitude, rows)
+    return factors._replace(b=_runs(factors.b, rows), magnitude=magnitude)
 
 
 def projection_of(layer: nn.Module, name: str, *, adapted: bool = True, products: LayerProducts | None = None) -> Projection:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ...memory.executor.feed_forward import DenseFeedForward
 from ...memory.executor.token_local import FeedForward, LayerSteps
 from ...memory.heads import HeadIndex, head_runs
+from ..adapters.names import GATE_UP, QKV
 from . import facts_of, family_of
 from .adapter import LayerAdapter
 from .facts import FamilyFacts
 from .projection import Rows
 from .rope import UNROTATED
-from .structure import GATE_UP, QKV, HeadNorms, Pairs, read_structure, turned
+from .structure import HeadNorms, Pairs, read_structure, turned
 
 
 class StructuralLayer(LayerAdapter):
@@ -78,7 +79,7 @@ class StructuralLayer(LayerAdapter):
         if not structure.fused_gate_up:
             return self.projection("mlp.gate_proj")(h, graph=graph), self.projection("mlp.up_proj")(h, graph=graph)
         both = self.projection(GATE_UP)
-        inner = both.weight.shape[0] // 2
+        inner = both.num_rows // 2
         return both(h, graph=graph, rows=(slice(0, inner),)), both(h, graph=graph, rows=(slice(inner, 2 * inner),))
 
     def mlp_out(self, x: Tensor, gate: Tensor, up: Tensor, graph: bool = False) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ..adapters.names import GATE_UP, QKV
 
-QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 _SEPARATE_QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _SEPARATE_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _OUT, _DOWN = "self_attn.o_proj", "mlp.down_proj"

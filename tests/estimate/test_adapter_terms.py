@@ -12,7 +12,7 @@ from efflaunch.estimate.footprint.term import Phase
 from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.estimate.suggestion_moves import LORA
 from efflaunch.estimate.suggestions import suggest
-from efflaunch.estimate.timing.flops import linear_flops, model_flops_per_token, reference_flops
+from efflaunch.estimate.timing.flops import backward_flops, linear_flops, model_flops_per_token, reference_flops
 from efflaunch.estimate.timing.step import estimate_time
 from efflaunch.estimate.timing.update import update_time
 from efflaunch.launcher.config.compose import compose
@@ -44,6 +44,16 @@ def test_bytes_of_what_is_frozen_and_of_what_is_trained() -> None:
     assert terms.get("head gradient") is None or not terms["head gradient"].num_bytes
     host = {entry.name: entry for entry in build_ledger(inputs("optim.state_device=host")).device.terms}
     assert (host["weights"].num_bytes == 2 * s.parameters and "optimizer states" not in host) or not host["optimizer states"].num_bytes
+
+
+def test_magnitudes_are_a_number_for_each_row_and_a_product_of_values_in_backward() -> None:
+    plain, s = inputs(), inputs("adapter.dora=true")
+    rows = 2 * 4096 + 2 * 1024 + 2 * 14336 + 4096
+    assert s.trained_layer_parameters == plain.trained_layer_parameters + rows
+    assert backward_flops(s) - backward_flops(plain) == 2 * (s.turned_layer_parameters + s.adapter_layer_parameters + rows * 2)
+    pieces = [{term.name: term for term in build_ledger(each).device.terms}["live layer, a piece"] for each in (plain, s)]
+    assert pieces[1].by_phase[Phase.BACKWARD_MLP] - pieces[0].by_phase[Phase.BACKWARD_MLP] == 2 * 4096 * s.piece_tokens
+    assert pieces[1].by_phase[Phase.FORWARD] == pieces[0].by_phase[Phase.FORWARD]
 
 
 def test_parts_that_are_trained_whole_count() -> None:

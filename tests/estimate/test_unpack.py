@@ -8,7 +8,7 @@ import pytest
 
 from efflaunch.estimate.plan_inputs import PlanInputs
 from efflaunch.estimate.timing.step import estimate_time
-from efflaunch.estimate.timing.unpack import TOUCHED_BYTES, unpack_s, unpacked_times
+from efflaunch.estimate.timing.unpack import TOUCHED_BYTES, norms_s, unpack_s, unpacked_times
 from efflaunch.launcher.config.compose import compose
 
 
@@ -34,3 +34,13 @@ def test_nothing_packed_and_an_unknown_memory_take_no_time() -> None:
     s = inputs("adapter=qlora")
     assert unpack_s(inputs()) == 0.0
     assert unpack_s(replace(s, cluster=replace(s.cluster, device_memory_bandwidth=None))) == 0.0
+
+
+def test_norms_of_rows_read_every_adapted_matrix_twice_in_each_pass() -> None:
+    s = inputs("adapter.dora=true")
+    numbers = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    rate = s.cluster.device_memory_bandwidth
+    assert rate is not None and 32 * s.turned_layer_parameters == numbers
+    once = numbers * (2 * 2 / rate + 2 * 16 / s.gemm_rate)
+    assert norms_s(s) == pytest.approx(once * unpacked_times(s)) and unpacked_times(s) > 2.5, "backward makes the values once more"
+    assert norms_s(inputs()) == 0.0 and estimate_time(s).compute_s > estimate_time(inputs()).compute_s + norms_s(s)

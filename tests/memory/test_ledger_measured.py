@@ -22,7 +22,7 @@ CHOSEN = (
     "memo, all on the host", "recompute, ring 2", "alst, two documents, Ulysses 2", "recompute, two micro-batches",
     "recompute, whole gradients", "qwen3", "gemma2", "qwen3 moe", "qwen2 moe, everything kept by class",
     "lora, recompute, bfloat16", "lora, streambp", "qlora, recompute, bfloat16", "lora with a head of its own, alst, Ulysses 2, bfloat16",
-    "qwen3 moe, a dense layer", "dots1",
+    "dora, recompute, bfloat16", "qwen3 moe, a dense layer", "dots1",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_all_chosen_configurations_are_there() -> None:
 COUNTED = ("recompute", "recompute, attention kept", "recompute, segments of 3 of 8 layers", "memo, half", "streambp", "qwen3", "gemma2",
            "keep", "upipe, 2 groups", "streambp, attention stored, segments of 2", "qwen3 moe", "mixtral, memo, half",
            "qwen2 moe, everything kept by class", "qwen3 moe, a dense layer", "dots1", "lora, recompute, attention kept",
-           "lora, keep", "lora, streambp", "lora, memo, half")  # fmt: skip
+           "lora, keep", "lora, streambp", "lora, memo, half", "dora, keep")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COUNTED], ids=lambda case: case.name)

@@ -5,20 +5,19 @@ Float64 rows agree to 1e-10. Frozen weights have no gradient and do not change.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
 
 from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.tests.parity.optimizers_side import RATES, run_updates
-from efflaunch.tests.parity.peft_reference import arrays, lifted, lora
-from efflaunch.tests.parity.ranks_side import run_plans
+from efflaunch.tests.parity.peft_reference import Truth, arrays, check_row, lifted, lora, lora_truth
 from efflaunch.tests.parity.reference import reference_loss
 from efflaunch.tests.parity.test_parity import ADAPTIVE, LENGTHS, batch, make_documents, plan_of, static, worst
 from efflaunch.tests.ranks import RankPool
 
 ALL = lora()
+DORA = lora(dora=True)
+TRUTH = Truth(lora_truth)
 ROWS = {
     "attention, one rank, packed": ("llama", lora(targets=["attention"]), "keep", {}, lambda: [static(1, 1, 1)]),
     "mlp, one rank, chunks of one": ("llama", lora(targets=["mlp"]), "chunks_1", {}, lambda: [static(1, 1, 1)]),
@@ -34,6 +33,9 @@ ROWS = {
     "norms behind products": ("gemma2", ALL, "chunks_16", {}, lambda: [static(1, 1, 1)]),
     "norms of all heads": ("olmo2", ALL, "upipe", {}, lambda: [static(2, 2, 2)]),
     "beside fused matrices": ("phi3", lora(targets=["o_proj", "down_proj"]), "recompute", {}, lambda: [static(1, 1, 1)]),
+    "fused matrices, ulysses 2 and ring 2": ("phi3", ALL, "upipe", {}, lambda: [static(2, 2, 2), static(2, 2, 1)]),
+    "fused matrices, kept": ("phi3", lora(targets=["qkv_proj"], rslora=True), "keep", {}, lambda: [static(2, 2, 2)]),
+    "fused gate and up": ("glm4", ALL, "streambp", {}, lambda: [static(2, 2, 2)]),
     "attention beside experts": ("mixtral", lora(targets=["attention"]), "recompute", {}, lambda: [static(1, 1, 1), static(1, 1, 1)]),
     "attention beside experts with sinks": ("gpt_oss", lora(targets=["attention"]), "keep", {}, lambda: [static(1, 1, 1)]),
     **{
@@ -49,6 +51,16 @@ ROWS = {
     "accumulation, reduced each time": (
         "llama", ALL, "alst", {"reduce_each": True}, lambda: [plan_of(2, *(batch((0, 2, 2, (i,))) for i in range(len(LENGTHS))))],
     ),
+    **{
+        f"magnitudes, {policy}, ulysses 2 and ring 2": ("llama_deep", DORA, policy, {}, lambda: [static(2, 2, 2), static(2, 2, 1)])
+        for policy in ("keep", "recompute", "shares_streamed", "upipe_stored")
+    },
+    "magnitudes, mixed groups, accumulation": ("llama", DORA, "memo_0.3", {}, lambda: [plan_of(4, *ADAPTIVE)]),
+    "magnitudes, fused matrices": ("phi3", lora(dora=True), "streambp", {}, lambda: [static(1, 1, 1)]),
+    "magnitudes, biases": ("qwen2", lora(dora=True, rslora=True, modules_to_save=["norms"]), "chunks_5", {}, lambda: [static(2, 2, 1)]),
+    "magnitudes, norms of heads": ("qwen3", DORA, "upipe", {}, lambda: [static(1, 1, 1)]),
+    "magnitudes, 2 stages": ("llama_deep", DORA, "recompute", {"stages": 2}, lambda: [static(2, 2, 1)]),
+    "magnitudes, compiled": ("llama", DORA, "chunks_16", {"compile": "aot_eager"}, lambda: [static(1, 1, 1)]),
     "compiled": ("llama", ALL, "chunks_16", {"compile": "aot_eager"}, lambda: [static(1, 1, 1)]),
     "compiled, kept": ("llama", ALL, "keep", {"compile": "aot_eager"}, lambda: [static(1, 1, 1)]),
     **{
@@ -65,6 +77,10 @@ ROWS = {
         "llama_deep", ALL, "keep", {"stages": 2, "virtual": 2, "order": PipelineOrder.INTERLEAVED}, lambda: [static(2, 2, 1)],
     ),
 }  # fmt: skip
+LONG = (
+    "magnitudes, compiled", "magnitudes, upipe_stored, ulysses 2 and ring 2", "magnitudes, shares_streamed, ulysses 2 and ring 2",
+    "magnitudes, norms of heads", "magnitudes, 2 stages",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -73,36 +89,15 @@ def pool():
         yield pool
 
 
-@lru_cache(maxsize=8)
-def _reference(family, key):
-    config = dict(_CONFIGS)[key]
-    model, named = lifted(family, "float64", config)
-    weights = arrays(named)
-    loss = reference_loss(model, *make_documents(LENGTHS))
-    loss.backward()
-    return weights, loss.item(), arrays(named, lambda p: p.grad)
-
-
-_CONFIGS = [(repr(config), config) for _, config, *_ in ROWS.values()]
-
-
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow if row in LONG else ()) for row in ROWS])
 def test_gradients_equal_peft(pool, row):
-    family, config, policy, more, plans = ROWS[row]
-    weights, loss, gradients = _reference(family, repr(config))
-    case = {"family": family, "dtype": "float64", "policy": policy, "adapter": config, **more}
-    made = plans()
-    answers = pool.run(run_plans, case, weights, *make_documents(LENGTHS), made, 0, ranks=made[0].world_size * more.get("stages", 1))
-    for plan, (got_loss, got) in zip(made, answers[0][0], strict=True):
-        assert abs(got_loss - loss) <= 1e-10 * abs(loss), f"{plan}: loss {got_loss} is not {loss}"
-        error, name = worst(got, gradients)
-        assert error <= 1e-10, f"{plan}: gradient of {name} is off by {error:.1e}"
+    check_row(pool, TRUTH, ROWS[row])
 
 
 UPDATES = {
     "device, step": ({}, {}),
     "device, backward": ({}, {"update": "backward"}),
-    "host, step, clipped": ({}, {"state_device": "host", "grad_clip": 0.5}),
+    "host, step, clipped, magnitudes": ({}, {"state_device": "host", "grad_clip": 0.5}),
     "2 stages, host, backward": ({"stages": 2}, {"state_device": "host", "update": "backward", "grad_clip": 0.5, "clip_mode": "two_pass"}),
     "host, backward": ({"replicate": 2}, {"state_device": "host", "update": "backward"}),
 }
@@ -112,7 +107,7 @@ UPDATES = {
 def test_three_steps_equal_plain_adamw_with_a_rate_of_its_own_for_b(pool, mode):
     """LoRA+ (b_lr_ratio) wherever states live; frozen weights are bit-equal afterwards."""
     more, optim = UPDATES[mode]
-    config = lora(b_lr_ratio=4.0, modules_to_save=["norms"])
+    config = lora(b_lr_ratio=4.0, modules_to_save=["norms"], dora="magnitudes" in mode)
     first, losses, trained = _updated(config, optim.get("grad_clip"))
     case = {"family": "llama", "dtype": "float64", "adapter": config, **more}
     world = 4 if more else 2
@@ -148,7 +143,7 @@ def _updated(config, clip):
 
 
 def _kind(name):
-    return "b" if name.endswith(".lora.B") else "a" if ".lora." in name else "norm"
+    return "b" if name.endswith(".lora.B") else "a" if name.endswith(".lora.A") else "norm"
 
 
 def test_in_bfloat16_states_on_the_host_and_in_backward_are_bit_equal_to_those_on_the_device(pool):

@@ -5,20 +5,18 @@ Float64 rows agree to 1e-10. Packed matrices have no gradient.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
 
 from efflaunch.tests.parity.nf4_reference import packed_and_plain, qlora
 from efflaunch.tests.parity.optimizers_side import RATES, run_updates
-from efflaunch.tests.parity.peft_reference import arrays
-from efflaunch.tests.parity.ranks_side import run_plans
+from efflaunch.tests.parity.peft_reference import Truth, arrays, check_row
 from efflaunch.tests.parity.reference import reference_loss
 from efflaunch.tests.parity.test_parity import ADAPTIVE, LENGTHS, batch, make_documents, plan_of, static, worst
 from efflaunch.tests.ranks import RankPool
 
 ALL = qlora()
+TRUTH = Truth(packed_and_plain)
 ROWS = {
     "packed attention, adapters on the mlp": (
         "llama", qlora(targets=["mlp"], quantized=["attention"]), "chunks_16_keep_attention", {}, lambda: [static(1, 1, 1)],
@@ -28,6 +26,7 @@ ROWS = {
     ),
     "tied embeddings": ("llama_mha_tied", ALL, "recompute", {}, lambda: [static(2, 2, 2)]),
     "biases": ("qwen2", ALL, "streambp", {}, lambda: [static(2, 2, 2)]),
+    "fused matrices": ("phi3", ALL, "upipe", {}, lambda: [static(2, 2, 2)]),
     "norms of heads": ("qwen3", ALL, "upipe", {}, lambda: [static(2, 2, 2)]),
     "attention beside experts": (
         "mixtral", qlora(targets=["attention"], quantized=["attention"]), "recompute", {}, lambda: [static(1, 1, 1)],
@@ -38,6 +37,10 @@ ROWS = {
     },
     **{
         f"{policy}, mixed groups, accumulation": ("llama_deep", ALL, policy, {}, lambda: [plan_of(4, *ADAPTIVE)])
+        for policy in ("keep", "shares_streamed")
+    },
+    **{
+        f"magnitudes, {policy}": ("llama", qlora(dora=True), policy, {}, lambda: [static(2, 2, 2)])
         for policy in ("keep", "shares_streamed")
     },
     "barrier-free": ("llama", ALL, "recompute", {"barrier_free": True, "replicate": 2}, lambda: [plan_of(4, *ADAPTIVE)]),
@@ -59,28 +62,9 @@ def pool():
         yield pool
 
 
-@lru_cache(maxsize=8)
-def _reference(family, key):
-    weights, model, named = packed_and_plain(family, "float64", dict(_CONFIGS)[key])
-    loss = reference_loss(model, *make_documents(LENGTHS))
-    loss.backward()
-    return weights, loss.item(), arrays(named, lambda p: p.grad)
-
-
-_CONFIGS = [(repr(config), config) for _, config, *_ in ROWS.values()]
-
-
 @pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow if row in LONG else ()) for row in ROWS])
 def test_gradients_equal_peft_on_the_same_quantised_weights(pool, row):
-    family, config, policy, more, plans = ROWS[row]
-    weights, loss, gradients = _reference(family, repr(config))
-    case = {"family": family, "dtype": "float64", "policy": policy, "adapter": config, **more}
-    made = plans()
-    answers = pool.run(run_plans, case, weights, *make_documents(LENGTHS), made, 0, ranks=made[0].world_size * more.get("stages", 1))
-    for plan, (got_loss, got) in zip(made, answers[0][0], strict=True):
-        assert abs(got_loss - loss) <= 1e-10 * abs(loss), f"{plan}: loss {got_loss} is not {loss}"
-        error, name = worst(got, gradients)
-        assert error <= 1e-10, f"{plan}: gradient of {name} is off by {error:.1e}"
+    check_row(pool, TRUTH, ROWS[row])
 
 
 @pytest.mark.parametrize("optim", [{"update": "backward"}, {"state_device": "host"}], ids=["device, backward", "host"])

@@ -17,6 +17,7 @@ from ...memory.executor.compiled_graph import check_compiler
 from ...memory.offload.host_store import HostStore
 from ...memory.policy import MemoryPolicy
 from ...model.adapters.config import AdapterConfig
+from ...model.adapters.magnitudes import initialise_magnitudes
 from ...model.adapters.names import is_trained
 from ...model.adapters.peft_files import load_adapter
 from ...model.build import RouterSettings, build_config, build_empty, initialise, master_dtype
@@ -127,6 +128,7 @@ def build_trained(
     if load and config.model.path is not None:
         groups = [*mesh.get_all_groups(), *((place.ranks.column,) if place is not None else ())]
         load_weights(weights, config.model, config.train.seed, on_progress, groups, stage_of(model).shapes, compute)
+    initialise_magnitudes(model, weights)
     if load and config.adapter.init is not None:
         load_adapter(weights, config.adapter, config.model, config.train.seed, config.train.dtype)
     updater = build_updater(model, weights, config.optim, device, b_lr_ratio=config.adapter.b_lr_ratio)

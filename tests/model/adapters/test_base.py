@@ -13,10 +13,12 @@ from efflaunch.launcher.config.compose import compose
 from efflaunch.model.adapters.base import adapter_identity, check_init_base, check_same_base, model_digest
 from efflaunch.model.adapters.config import AdapterMethod
 from efflaunch.model.config import ModelConfig
+from efflaunch.model.spec import model_spec
 from efflaunch.tests.parity.reference import hf_config
 
 LORA = compose(["+experiment=quickstart", "adapter=lora"]).adapter
 TINY = compose(["+experiment=quickstart"]).model
+SPEC = model_spec(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +41,24 @@ def test_the_digest_is_of_contents(folders) -> None:
 
 
 def test_another_base_or_scaling_is_refused_on_resume() -> None:
-    saved = adapter_identity(LORA, "abc")
+    saved = adapter_identity(LORA, "abc", SPEC)
     check_same_base(saved, saved, TINY, 3)
     check_same_base(None, saved, TINY, 3)
     with pytest.raises(ConfigError, match="step 3.*other weights than those of this seed"):
         check_same_base(saved, {**saved, "base": "def"}, TINY, 3)
-    packed = adapter_identity(replace(LORA, method=AdapterMethod.QLORA, quantized=["q_proj"]), "abc")
+    packed = adapter_identity(replace(LORA, method=AdapterMethod.QLORA, quantized=["q_proj"]), "abc", SPEC)
     check_same_base(packed, packed, TINY, 3)
     with pytest.raises(ConfigError, match="matrices of another precision.*\n.*adapter=lora"):
         check_same_base(saved, packed, TINY, 3)
     with pytest.raises(ConfigError, match=r"adapter=qlora adapter.quantized=\[self_attn.q_proj\]"):
         check_same_base(packed, saved, TINY, 3)
+    turned = adapter_identity(replace(LORA, dora=True), "abc", SPEC)
+    check_same_base(turned, turned, TINY, 3)
+    for before, now, hint in ((turned, saved, "adapter.dora=true"), (saved, turned, "adapter.dora=false")):
+        with pytest.raises(ConfigError, match=f"(?s)magnitudes of their own.*{hint}"):
+            check_same_base(before, now, TINY, 3)
     with pytest.raises(ConfigError, match="scaled by 2; now by 4"):
-        check_same_base(saved, adapter_identity(replace(LORA, alpha=64.0), "abc"), TINY, 3)
+        check_same_base(saved, adapter_identity(replace(LORA, alpha=64.0), "abc", SPEC), TINY, 3)
 
 
 def test_an_adapter_of_another_base_is_refused(folders) -> None:

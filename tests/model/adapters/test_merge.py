@@ -12,6 +12,7 @@ from efflaunch.launcher.config.compose import compose
 from efflaunch.model.adapters.base import adapter_identity, model_digest
 from efflaunch.model.adapters.merge import SavedAdapter, frozen_weights, merge
 from efflaunch.model.adapters.nf4 import byte_levels, pack, unpack
+from efflaunch.model.spec import model_spec
 from efflaunch.training.session import plain_config
 
 
@@ -43,7 +44,8 @@ def test_the_error_of_rounding_is_that_of_the_worst_matrix() -> None:
 def saved(*overrides):
     config = compose(["+experiment=quickstart", "adapter=lora", "model.num_layers=1", "model.vocab_size=64", *overrides])
     digest = model_digest(config.model, config.train.seed, config.train.dtype)
-    metadata = {"config": plain_config(config), "seed": config.train.seed, "adapter": adapter_identity(config.adapter, digest)}
+    identity = adapter_identity(config.adapter, digest, model_spec(config.model))
+    metadata = {"config": plain_config(config), "seed": config.train.seed, "adapter": identity}
     return SavedAdapter.of(metadata), config
 
 

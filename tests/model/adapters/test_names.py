@@ -5,7 +5,9 @@ from __future__ import annotations
 from efflaunch.model.adapters.config import NO_ADAPTER, AdapterConfig, AdapterMethod
 from efflaunch.model.adapters.names import (
     ATTENTION,
+    GATE_UP,
     MLP,
+    QKV,
     is_factor,
     is_factor_b,
     is_packed,
@@ -22,9 +24,10 @@ def lora(**fields):
 
 
 def test_groups_and_single_names() -> None:
-    assert matching("all-linear") == ATTENTION + MLP and matching("attention") == ATTENTION and matching("x_proj") == ()
+    assert set(matching("all-linear")) == {*ATTENTION, *MLP, QKV, GATE_UP} and matching("x_proj") == ()
+    assert matching("attention") == (*ATTENTION[:3], QKV, ATTENTION[3]) and matching("qkv_proj") == (QKV,)
     assert matching("up_proj") == matching("mlp.up_proj") == ("mlp.up_proj",)
-    assert target_names(lora(targets=["mlp", "q_proj", "up_proj"])) == ("self_attn.q_proj", *MLP)
+    assert target_names(lora(targets=["mlp", "q_proj", "up_proj"])) == ("self_attn.q_proj", *MLP[:2], GATE_UP, MLP[2])
 
 
 def test_what_is_trained() -> None:
@@ -40,7 +43,8 @@ def test_what_is_trained() -> None:
 
 def test_what_is_packed() -> None:
     qlora = AdapterConfig(method=AdapterMethod.QLORA, targets=["q_proj"], quantized=["mlp", "o_proj"])
-    assert quantized_names(qlora) == ("self_attn.o_proj", *MLP) and quantized_names(lora()) == () == quantized_names(NO_ADAPTER)
+    assert quantized_names(qlora) == ("self_attn.o_proj", *MLP[:2], GATE_UP, MLP[2])
+    assert quantized_names(lora()) == () == quantized_names(NO_ADAPTER)
     name = "model.layers.0.mlp.up_proj.packed"
     assert is_packed(name) and plain_name(name) == "model.layers.0.mlp.up_proj.weight" and not is_trained(name, qlora)
     assert not is_packed("lm_head.weight") and plain_name("lm_head.weight") == "lm_head.weight"

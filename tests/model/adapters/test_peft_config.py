@@ -46,7 +46,7 @@ def test_what_peft_saves_is_what_is_wanted(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "found", "hint"),
     [
-        ({"use_dora": True}, "use_dora: true", "an adapter made without it"),
+        ({"use_dora": True}, "rslora false, dora true", "adapter.dora=true"),
         ({"lora_bias": True}, "lora_bias: true", "an adapter made without it"),
         ({"rank_pattern": {"q_proj": 5}}, "rank_pattern", "an adapter made without it"),
         ({"layers_to_transform": [0]}, "layers_to_transform: [0]", "an adapter made without it"),
@@ -86,6 +86,6 @@ def test_other_files(tmp_path) -> None:
 
 
 def test_our_settings_are_pefts(tmp_path) -> None:
-    known = LoraConfig(**{key: value for key, value in settings_of(OURS, "base").items() if key != "peft_type"})
+    known = LoraConfig(**{key: value for key, value in settings_of(OURS, "base", trained_shapes(OURS, SPEC)).items() if key != "peft_type"})
     assert (known.r, known.lora_alpha, known.base_model_name_or_path) == (3, 6.0, "base")
     assert set(known.target_modules) == {"q_proj", "gate_proj", "up_proj", "down_proj"} and known.modules_to_save == ["norm"]

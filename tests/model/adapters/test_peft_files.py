@@ -21,11 +21,11 @@ from efflaunch.tests.parity.reference import hf_config
 IDS = torch.arange(40).view(2, 20)
 
 
-def adapted(seed=0):
+def adapted(seed=0, config=OURS):
     """A plain model with random factors beside its matrices, and norms of its own."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config("llama"), dtype=torch.float32)
-    insert_adapters(model, OURS, torch.float32)
+    insert_adapters(model, config, torch.float32)
     for module in model.modules():
         if isinstance(module, LoraFactors):
             module.initialise()

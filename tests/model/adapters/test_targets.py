@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,27 +26,31 @@ def spec_of(*overrides):
 
 
 def test_groups_and_names() -> None:
-    assert target_names(lora(targets=["attention"])) == tuple(f"self_attn.{name}_proj" for name in "qkvo")
+    assert target_names(lora(targets=["attention"])) == tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv", "o"))
     assert target_names(lora(targets=["down_proj", "self_attn.v_proj", "v_proj"])) == ("self_attn.v_proj", "mlp.down_proj")
-    assert target_names(lora()) == tuple(matrix.name for matrix in matrices(spec_of()))
+    assert targets(lora(), spec_of()) == matrices(spec_of()) and len(matrices(spec_of())) == 7
     assert targets(NO_ADAPTER, spec_of()) == ()
 
 
-@pytest.mark.parametrize("name", ["llama3_8b", "qwen3_8b", "mistral_7b", "qwen2_7b"])
-def test_matrices_are_those_of_the_model(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama3_8b", 7), ("qwen3_8b", 7), ("mistral_7b", 7), ("qwen2_7b", 7), ("phi4_14b", 4), ("glm4_9b", 6)]
+)
+def test_matrices_are_those_of_the_model(name: str, count: int) -> None:
     config = compose(["+experiment=quickstart", f"model={name}"]).model
     model = build_on_meta(build_config(hf_config_dict(config)), torch.float32)
     layer = model.model.layers[0]
     shapes = {matrix.name: (matrix.rows, matrix.columns) for matrix in matrices(model_spec(config))}
     assert shapes == {key: tuple(layer.get_submodule(key).weight.shape) for key in shapes}
-    assert len(shapes) == 7
+    assert len(shapes) == count
+    assert all(sum(matrix.parts) in (0, matrix.rows) for matrix in matrices(model_spec(config)))
 
 
 def test_counts_are_those_of_the_modules() -> None:
     from efflaunch.model.adapters.lora import insert_adapters
 
-    config = compose(["+experiment=quickstart", "model=qwen3_8b"]).model
-    for adapter in (lora(), lora(targets=["attention", "up_proj"], modules_to_save=["norms", "head"], rank=5)):
+    apart, fused = (compose(["+experiment=quickstart", f"model={name}"]).model for name in ("qwen3_8b", "phi4_14b"))
+    parts = lora(targets=["attention", "down_proj"], modules_to_save=["norms", "head"], rank=5)
+    for config, adapter in ((apart, lora()), (apart, parts), (fused, lora()), (fused, replace(parts, dora=True))):
         model, spec = build_on_meta(build_config(hf_config_dict(config)), torch.float32), model_spec(config)
         insert_adapters(model, adapter, torch.bfloat16)
         numbers = trained_numbers(adapter, spec)
@@ -80,22 +86,29 @@ def test_experts_tied_heads_and_files_without_adapters() -> None:
         check_adapter(lora(modules_to_save=["head"]), spec_of("model.tie_embeddings=true"))
     with pytest.raises(ConfigError, match="adapter.init"):
         check_adapter(AdapterConfig(init="somewhere"), spec_of())
+    with pytest.raises(ConfigError, match="adapter.dora: found true without adapters"):
+        check_adapter(AdapterConfig(dora=True), spec_of())
+    for method in (AdapterMethod.LORA, AdapterMethod.QLORA):
+        check_adapter(AdapterConfig(method=method, dora=True), spec_of())
 
 
 @pytest.mark.parametrize(
     ("model", "refused", "there"),
     [
-        ("phi4_14b", ["all-linear", "attention", "q_proj"], ["o_proj", "down_proj"]),
-        ("glm4_9b", ["mlp", "gate_proj"], ["attention", "down_proj"]),
+        ("phi4_14b", {"q_proj": "qkv_proj", "up_proj": "gate_up_proj"}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("glm4_9b", {"gate_proj": "gate_up_proj"}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]),
     ],
 )
-def test_matrices_that_a_family_has_fused_take_none(model: str, refused: list[str], there: list[str]) -> None:
+def test_matrices_that_a_family_has_fused_have_one_adapter(model: str, refused: dict[str, str], there: list[str]) -> None:
     spec = spec_of(f"model={model}")
-    for target in refused:
-        with pytest.raises(ConfigError, match=f"{target} for a {spec.family.value} model(.|\n)*adapter.targets=\\["):
+    for target, whole in refused.items():
+        with pytest.raises(ConfigError, match=f"{target} for a {spec.family.value} model(.|\n)*adapter.targets=\\[{whole}\\]"):
             check_adapter(lora(targets=[target]), spec)
-    check_adapter(lora(targets=there), spec)
-    assert {matrix.name.rpartition(".")[2] for matrix in targets(lora(targets=there), spec)} >= {"o_proj", "down_proj"}
+    for words in (["all-linear"], ["attention", "mlp"], there):
+        check_adapter(lora(targets=words), spec)
+        assert [matrix.name.rpartition(".")[2] for matrix in targets(lora(targets=words), spec)] == there
+    with pytest.raises(ConfigError, match="'qkv_proj', which matches no matrix"):
+        check_adapter(lora(targets=["qkv_proj"]), spec_of())
 
 
 def test_what_can_be_packed() -> None:
