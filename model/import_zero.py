@@ -1,7 +1,7 @@
 """Reads the float32 weights of a DeepSpeed checkpoint: ZeRO's shards (stages 1 to 3), or a universal one. DeepSpeed itself is not needed.
 
-Note: what lies where (deepspeed/runtime/engine.py, `save_checkpoint`; checkpoint/ds_to_universal.py). DIR/latest names the newest folder.
-A folder of ZeRO's has the model's names and shapes in *_model_states.pt and a file of flat weights and states per rank in
+Note: what lies where (`save_checkpoint` in deepspeed/runtime/engine.py, deepspeed/checkpoint/ds_to_universal.py). DIR/latest names the
+newest folder. A folder of ZeRO's has the model's names and shapes in *_model_states.pt and a file of flat weights and states per rank in
 *_optim_states.pt; a universal one has zero/NAME/fp32.pt per parameter.
 """
 
@@ -36,13 +36,25 @@ OnBytes = Callable[[int], None]
 class Weights(Protocol):
     """The weights of a checkpoint."""
 
-    about: str
-    """What it is, in words."""
-    shapes: Mapping[str, Shape]
-    """By name; of a universal checkpoint as its files have them, which may be flat."""
-    shared: Mapping[str, str]
-    """Second names of parameters, with the first."""
-    buffers: Mapping[str, Tensor]
+    @property
+    def about(self) -> str:
+        """What it is, in words."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shapes by name; of a universal checkpoint as its files have them, which may be flat."""
+        ...
+
+    @property
+    def shared(self) -> Mapping[str, str]:
+        """Second names of parameters, with the first."""
+        ...
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """State of modules that no gradient reaches."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """One parameter, float32, in the shape of `shapes`."""

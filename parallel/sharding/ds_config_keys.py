@@ -133,6 +133,7 @@ FIXED: tuple[Fixed, ...] = (
     Fixed(f"{ZERO}ignore_unused_parameters", (True,), "every weight of a trained model has a gradient", "true"),
     Fixed(f"{ZERO}override_module_apply", (True,), "weights are made here, module by module", "true"),
     Fixed(f"{ZERO}memory_efficient_linear", (True, False), "matrices are multiplied by our own layers either way", REMOVE),
+    Fixed(f"{ZERO}zero_hpz_partition_size", (1,), "losses of two blocks of ranks were not finite", "1, or parallel.replicate=..."),
     Fixed("bf16.check_grad_overflow", (True,), "a norm that is not finite ends the run with nothing applied", "true"),
     Fixed("data_types.keep_in_fp32_modules", ((),), "buffers keep the precision that Hugging Face makes them in", REMOVE),
 )
@@ -140,6 +141,7 @@ _PROFILE = "efflaunch profile, and metrics.jsonl of each run"
 _POLICY = "layers run by one memory policy, which knows what is kept, moved and recomputed"
 _DATA = "corpora, their order and their mixture are ours"
 _LAYOUT = "ranks are laid out by one plan"
+_ROUNDED = "quantised collectives are not exact, and their kernels are compiled for GPUs, where they have not been tried"
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("train_batch_size", TOKENS, BATCH),
     Unsupported("train_micro_batch_size_per_gpu", TOKENS, f"{BATCH} parallel.tokens_per_rank=..."),
@@ -174,10 +176,9 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(f"{ZERO}pipeline_loading_checkpoint", f"{_SAVES}, and read by all ranks at once", REMOVE),
     Unsupported(f"{ZERO}enable_sanity_checks", "it has not been tried", REMOVE),
     Unsupported(f"{ZERO}save_muon_momentum_buffer_in_memory", "AdamW alone runs under this engine", "engine=torch optim=muon"),
-    Unsupported(f"{ZERO}zero_hpz_partition_size", "it has not been tried", "engine=torch parallel.replicate=..."),
-    Unsupported(f"{ZERO}zero_quantized_weights", "quantised collectives are not exact", REMOVE),
-    Unsupported(f"{ZERO}zero_quantized_nontrainable_weights", "quantised collectives are not exact", REMOVE),
-    Unsupported(f"{ZERO}zero_quantized_gradients", "quantised collectives are not exact", REMOVE),
+    Unsupported(f"{ZERO}zero_quantized_weights", _ROUNDED, REMOVE),
+    Unsupported(f"{ZERO}zero_quantized_nontrainable_weights", _ROUNDED, REMOVE),
+    Unsupported(f"{ZERO}zero_quantized_gradients", _ROUNDED, REMOVE),
     Unsupported(f"{ZERO}mics_shard_size", "DeepSpeed has given it up", "engine=torch parallel.replicate=..."),
     Unsupported(f"{ZERO}mics_hierarchical_params_gather", "DeepSpeed has given it up", "engine=torch parallel.replicate=..."),
     Unsupported(f"{ZERO}zeropp_loco_param", "DeepSpeed has given it up", REMOVE),
