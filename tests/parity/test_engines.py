@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from efflaunch.parallel.sequence.plan import StepPlan
 from efflaunch.parallel.sharding.ds_config_keys import PASSED, ZERO
 from efflaunch.tests.parity.engines_side import run_with_forwards, run_zero, run_zero_objective
 from efflaunch.tests.parity.reference import reference_loss, reference_model
+from efflaunch.tests.parity.test_objectives import LENGTHS as OBJECTIVE_LENGTHS
 from efflaunch.tests.parity.test_objectives import singles, truth
 from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of, reference, rms, worst
 from efflaunch.tests.ranks import RankPool
@@ -64,11 +66,11 @@ def off(got, want):
 
 
 def check_zero(
-    pool: RankPool, stage: int, policy: str, family: str = "llama", clip: float | None = None, plans=(ULYSSES, UNEQUAL), zero=None
+    pool: RankPool, stage: int, policy: str, family: str = "llama", clip: float | None = None, plans=(ULYSSES, UNEQUAL), **engine
 ) -> None:
     first, losses, gradients, norms, trained = plain(family, clip)
     documents, targets = make_documents(LENGTHS)
-    case = {"stage": stage, "policy": policy, "family": family, "dtype": "float32", "optim": {"grad_clip": clip}, "zero": zero or {}}
+    case = {"stage": stage, "policy": policy, "family": family, "dtype": "float32", "optim": {"grad_clip": clip}, **engine}
     passes, steps, ours = pool.run(run_zero, case, first, documents, targets, list(plans), RATES, ranks=2)[0]
     for plan, (loss, got, norm) in zip(plans, passes, strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-6)
@@ -154,15 +156,15 @@ def test_router_losses_weigh_what_they_should(pool: RankPool, stage: int) -> Non
     assert error <= BOUND, f"gradient of {name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("objective", ["dpo", "grpo"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "objective"), [(1, "dpo"), (2, "dpo"), (3, "dpo"), (3, "grpo")])
 def test_objectives_under_zero(pool: RankPool, stage: int, objective: str) -> None:
     """Pairs are scored before their gradients begin, rollouts are not; one sequence a micro-batch, over both ranks."""
     weights, options, loss, _, gradients = truth("llama", objective)
     narrow = {name: weight.astype(np.float32) for name, weight in weights.items()}
     degree, *batches = singles(objective, 2, 2)
+    plan = StepPlan(degree, OBJECTIVE_LENGTHS[objective], tuple(batches))
     case = {"stage": stage, "policy": "recompute", "family": "llama", "dtype": "float32"}
-    got_loss, got, norm = pool.run(run_zero_objective, objective, case, narrow, options, plan_of(degree, *batches), ranks=2)[0]
+    got_loss, got, norm = pool.run(run_zero_objective, objective, case, narrow, options, plan, ranks=2)[0]
     assert got_loss == pytest.approx(loss, rel=1e-5)
     error, name = worst(got, gradients)
     assert error <= 10 * BOUND, f"gradient of {name} is off by {error:.1e}"
