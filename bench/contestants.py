@@ -76,7 +76,7 @@ def _owned(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-class _Documents:
+class Documents:
     """A DataSource of one step whose documents are in memory."""
 
     def __init__(self, documents: list[np.ndarray]) -> None:
@@ -113,8 +113,8 @@ class Ours:
             write_shard(parameter, weights[name])
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         documents = workload.documents(topology.world_size)
-        self._source: Any = _Documents(documents)
-        self._plan = _plan(topology.world_size, tuple(map(len, documents)), len(workload.lengths), sp_degree)
+        self._source: Any = Documents(documents)
+        self._plan = static_plan(topology.world_size, tuple(map(len, documents)), len(workload.lengths), sp_degree)
 
     def step(self) -> float:
         works = read_step(self._source, 0, self._plan, self._topology.rank)
@@ -128,7 +128,7 @@ class Ours:
         return _owned(self.model, self._optimizer)
 
 
-def _plan(world_size: int, lengths: tuple[int, ...], per_rank: int, degree: int) -> StepPlan:
+def static_plan(world_size: int, lengths: tuple[int, ...], per_rank: int, degree: int) -> StepPlan:
     groups = (
         Group(first, degree, degree, tuple(range(first * per_rank, (first + degree) * per_rank))) for first in range(0, world_size, degree)
     )
@@ -143,7 +143,7 @@ class Peer:
     """
 
     def __init__(self, workload: Workload, topology: Topology, weights: Mapping[str, Tensor], *, varlen: bool, checkpointing: bool) -> None:
-        AttentionInterface.register("efflaunch_bench_varlen", _attention_by_document)
+        AttentionInterface.register("efflaunch_bench_varlen", attention_by_document)
         attention = "efflaunch_bench_varlen" if varlen else "sdpa"
         self.model = AutoModelForCausalLM.from_config(workload.config(), attn_implementation=attention).train()
         self.model.load_state_dict(dict(weights), strict=False)
@@ -154,7 +154,7 @@ class Peer:
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         per_rank = len(workload.lengths)
         documents = workload.documents(topology.world_size)[topology.rank * per_rank : (topology.rank + 1) * per_rank]
-        self._batch = _packed_row(documents, varlen)
+        self._batch = packed_row(documents, varlen)
         self._count = topology.world_size * sum(length - 1 for length in workload.lengths)
         self._world = topology.world_size
 
@@ -170,7 +170,7 @@ class Peer:
         return _owned(self.model, self._optimizer)
 
 
-def _packed_row(documents: list[np.ndarray], varlen: bool) -> dict[str, Any]:
+def packed_row(documents: list[np.ndarray], varlen: bool) -> dict[str, Any]:
     def row(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts)).unsqueeze(0)
 
@@ -184,7 +184,7 @@ def _packed_row(documents: list[np.ndarray], varlen: bool) -> dict[str, Any]:
     return batch | ({"document_lengths": [len(document) for document in documents]} if varlen else {})
 
 
-def _attention_by_document(
+def attention_by_document(
     module: Any,
     query: Tensor,
     key: Tensor,

@@ -12,6 +12,7 @@ from typing import Any
 from . import (
     report_adapters,
     report_checkpoint,
+    report_engines,
     report_experts,
     report_fuzz,
     report_launch,
@@ -288,6 +289,7 @@ def _median(rows: list[dict[str, Any]], key: str) -> float:
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "checkpoint": report_checkpoint.checkpoint,
     "chaos": report_checkpoint.chaos,
+    "engines": report_engines.engines,
     "scale": _scale,
     "freed_blocks": _freed_blocks,
     "experts_step": _experts_step,

@@ -109,12 +109,12 @@ def _compete(workload: Any, topology: Any, rounds: int) -> dict[str, Any]:
         for checkpointing in (False, True):
             name = attention + "_checkpointing" * checkpointing
             contestants[name] = Peer(workload, topology, weights, varlen=attention == "varlen", checkpointing=checkpointing)
-    losses = {name: _loss(contestant) for name, contestant in contestants.items()}
+    losses = {name: same_loss(contestant) for name, contestant in contestants.items()}
     spread = max(losses.values()) - min(losses.values())
     if spread > 1e-4 * max(losses.values()):
         raise RuntimeError(f"contestants do not compute the same loss: {losses}")
-    peaks = {name: _peak(contestant) for name, contestant in contestants.items()}
-    seconds, processor_s = _timed_rounds(contestants, rounds)
+    peaks = {name: step_peak(contestant) for name, contestant in contestants.items()}
+    seconds, processor_s = timed_rounds(contestants, rounds)
     tokens = sum(workload.lengths) * topology.world_size
     return {
         "losses": losses,
@@ -133,14 +133,14 @@ def _policies() -> dict[str, Any]:
     return {"keep": MemoryPolicy(graph=True), "recompute": MemoryPolicy()}
 
 
-def _loss(contestant: Any) -> float:
+def same_loss(contestant: Any) -> float:
     """Return the loss of the first step, which also warms up."""
     from .contestants import global_loss
 
     return global_loss(contestant.step())
 
 
-def _peak(contestant: Any) -> int:
+def step_peak(contestant: Any) -> int:
     from ..memory.arena.tracer import StorageTracer
 
     with StorageTracer(contestant.tensors()) as tracer:
@@ -148,7 +148,7 @@ def _peak(contestant: Any) -> int:
     return tracer.peak_bytes
 
 
-def _timed_rounds(contestants: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def timed_rounds(contestants: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Wall and processor seconds of one step, every contestant once a round; the order turns, so that none always follows the same one."""
     import torch.distributed as dist
 

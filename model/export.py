@@ -93,14 +93,14 @@ def export(
         raise CheckpointError(
             str(info.path), found="no adapters", expected=f"a run with adapter=lora for --{form.value}", hint="efflaunch export without it"
         )
-    with _appearing(Path(out_dir)) as temporary:
+    with appearing(Path(out_dir)) as temporary:
         (num_parameters, num_bytes, num_files), said = (
             (_write_weights(info.path, temporary, dtype, max_shard_bytes, facts, on_progress), ())
             if metadata.get("adapter") is None
             else _write_adapted(info.path, temporary, dtype, max_shard_bytes, metadata, Path(run_dir), form, on_progress)
         )
         is_whole = metadata.get("adapter") is None or form is not Form.ADAPTER
-        unsaid = _write_config(metadata, temporary, dtype, info.path) if is_whole else None
+        unsaid = write_config(metadata, temporary, dtype, info.path) if is_whole else None
         written = write_files(origins_of(Path(run_dir), metadata), temporary)
     notes = (*written.notes, *([] if unsaid is None else [unsaid]), *said)
     weights = (num_parameters, num_bytes, num_files)
@@ -133,7 +133,7 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> files.CheckpointInfo:
 
 
 @contextmanager
-def _appearing(out_dir: Path) -> Iterator[Path]:
+def appearing(out_dir: Path) -> Iterator[Path]:
     """A folder to write in that becomes `out_dir` at the end; removed when anything fails."""
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise _unusable(out_dir, "a directory with files in it")
@@ -181,7 +181,7 @@ def _write_weights(
     """Write the weights of a checkpoint and return the number of parameters, bytes and files."""
     with _damage_named(source):
         saved = _Saved(source, dtype, facts)
-        return _write_shards(saved.shapes, saved.read, out_dir, max_shard_bytes, facts, on_progress)
+        return write_shards(saved.shapes, saved.read, out_dir, max_shard_bytes, facts, on_progress)
 
 
 class _Saved:
@@ -259,10 +259,10 @@ def _write_adapted(
     def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: weights.pop(name).to(shapes[name][1]) for name in names}
 
-    return _write_shards(shapes, read, out_dir, max_shard_bytes, facts, on_progress), notes
+    return write_shards(shapes, read, out_dir, max_shard_bytes, facts, on_progress), notes
 
 
-def _write_shards(
+def write_shards(
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     read: Callable[[Iterable[str]], dict[str, torch.Tensor]],
     out_dir: Path,
@@ -331,7 +331,7 @@ def _out_dtype(name: str, saved: torch.dtype, dtype: Dtype, facts: FamilyFacts |
     return chosen
 
 
-def _write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> str | None:
+def write_config(metadata: dict[str, Any], out_dir: Path, dtype: Dtype, source: Path) -> str | None:
     """Write config.json in the new form and the old; returns what the old form has no words for."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

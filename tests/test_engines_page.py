@@ -20,7 +20,7 @@ def test_engines_page(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     starts, steps = ([event for event in events if event["event"] == kind] for kind in ("start", "step"))
     assert [start["resumed_from"] for start in starts] == [None, 2, 3] and [step["step"] for step in steps] == [1, 2, 3, 4]
-    engine = {"name": "deepspeed", "backend": "deepspeed", "stage": 1}
+    engine = {"name": "deepspeed", "backend": "deepspeed", "stage": 1, "config": None, "zero": {}}
     assert yaml.safe_load((run / "run.yaml").read_text())["engine"] == engine
     newest = max((run / "checkpoints").glob("step-*"))
     assert json.loads((newest / "state.json").read_text())["metadata"]["config"]["engine"] == engine

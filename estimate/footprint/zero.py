@@ -57,12 +57,39 @@ def gathered_root(inputs: PlanInputs) -> Term:
 
 
 def gathered_layers(inputs: PlanInputs, layer: int) -> Term:
-    """Stage 3: the running layer, and the next one, which is gathered ahead."""
-    return fsdp2.gathered_layers(inputs, layer) if shards_weights(inputs) else Term("layers, gathered", "", {})
+    """Stage 3: the running layer, and the next one, which is gathered ahead; as many weights more as engine.zero lets it keep."""
+    if not shards_weights(inputs):
+        return Term("layers, gathered", "", {})
+    term = fsdp2.gathered_layers(inputs, layer)
+    kept = inputs.width * (_kept_gathered(inputs) + _never_sharded(inputs))
+    phases = (Phase.FORWARD, Phase.LOSS, *BACKWARD, Phase.REDUCE, Phase.EVALUATION, Phase.EVALUATION_LOSS)
+    more = {phase: max(term.by_phase.get(phase, 0), kept) for phase in phases} if kept else {}
+    return Term(term.name, term.note + ", and those that engine.zero keeps" * bool(kept), {**term.by_phase, **more})
+
+
+def _kept_gathered(inputs: PlanInputs) -> int:
+    """Weights that may stay gathered for a second use: up to stage3_max_live_parameters where any is near enough."""
+    zero = inputs.engine.zero
+    ahead, again = int(zero.get("stage3_prefetch_bucket_size", 0)), int(zero.get("stage3_max_reuse_distance", 0))
+    most = int(zero.get("stage3_max_live_parameters", 2 * inputs.layer_parameters))
+    return min(most, inputs.parameters) if again or ahead > inputs.layer_parameters else 0
+
+
+def _never_sharded(inputs: PlanInputs) -> int:
+    """Weights of parameters too small to be sharded, at most: stage3_param_persistence_threshold numbers each."""
+    zero, spec = inputs.engine.zero, inputs.spec
+    least = int(zero.get("stage3_param_persistence_threshold", 0))
+    most = int(zero.get("stage3_model_persistence_threshold", inputs.parameters))
+    if not least:
+        return 0
+    # No matrix of attention has fewer numbers than a head's; below that there are norms, biases and routers.
+    vectors = (8 + (0 if spec.experts is None else spec.experts.num_experts)) * spec.hidden_size * len(inputs.layers)
+    return min(vectors if least < spec.hidden_size * spec.head_dim else inputs.parameters, most, inputs.parameters)
 
 
 def reduction(inputs: PlanInputs, layer: int) -> Term:
     """The bucket that gradients are reduced in, and a copy of it on its way."""
-    bucket = inputs.master * max(inputs.layer_parameters, inputs.head_parameters)
+    largest = max(inputs.layer_parameters, inputs.head_parameters)
+    bucket = inputs.master * max(largest, int(inputs.engine.zero.get("reduce_bucket_size", 0)))
     phases = (Phase.FORWARD, Phase.LOSS, *BACKWARD, Phase.REDUCE)
     return Term("reduction", "a bucket of gradients, and its copy on the way", dict.fromkeys(phases, 2 * bucket))

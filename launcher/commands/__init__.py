@@ -29,10 +29,15 @@ COMMANDS = {
     "compare": "runs side by side: loss, evaluations, speed, memory, settings that differ",
     "report": "one page of a run: curves, plans, memory, checkpoints, settings",
     "export": "write a checkpoint as a Hugging Face model directory",
+    "import": "a DeepSpeed checkpoint as a Hugging Face model directory",
     "data": "data prepare: text, JSONL, Parquet -> indexed corpus",
     "completion": "print a script for tab completion: bash, zsh or fish",
 }
 """First words and their lines of the help screen; each is a module of this folder, `-` as `_`."""
+
+
+_MODULES = {"import": "import_checkpoint"}
+"""Modules of commands that Python has the name of."""
 
 
 class CommandModule(Protocol):
@@ -44,4 +49,4 @@ class CommandModule(Protocol):
 
 def command_module(name: str) -> CommandModule:
     """The module behind a first word, imported now: `efflaunch --help` needs none of them."""
-    return cast(CommandModule, import_module(f".{name.replace('-', '_')}", __package__))
+    return cast(CommandModule, import_module(f".{_MODULES.get(name, name.replace('-', '_'))}", __package__))

@@ -24,6 +24,7 @@ from ...estimate.timing.step import Timing
 from ...memory.activation_classes import ExpertSizes
 from ...parallel.pipeline.config import PipelineConfig
 from ...parallel.sequence.kernel_choice import KernelChoice
+from ...parallel.sharding.ds_config import describe, ds_config, read_file
 from ...training.data.train_stages import train_stages
 from ...training.optimizers.check import inexact
 from ...units import format_seconds
@@ -116,7 +117,7 @@ def notes(config: Config, ledger: Ledger) -> list[str]:
     lines = model_notes(config)
     if ledger.layout.num_micro_batches == 1 and ledger.layout.num_groups > config.data.global_batch_tokens // length:
         lines.append("a step of longest sequences leaves some groups of ranks idle: raise data.global_batch_tokens or parallel.sp_degree")
-    lines += _pipeline_notes(ledger)
+    lines += [*_pipeline_notes(ledger), *_engine_notes(config, ledger)]
     if config.cluster.device is Device.CUDA:
         kernel = _attention_kernel(config)
         lines.append(f"attention kernel, by what is installed here: {kernel['name'] or 'none'}; {kernel['why']}")
@@ -144,6 +145,19 @@ def _order(config: Config, ledger: Ledger) -> list[str]:
         choice = KernelChoice(ledger.inputs.attention_kernel.value, "estimated")
     said = said_of_order(ledger.inputs, choice)
     return [] if said is None else [said]
+
+
+def _engine_notes(config: Config, ledger: Ledger) -> list[str]:
+    """What a ds_config.json says, and what of it this model or this memory policy changes."""
+    engine, lines = config.engine, []
+    if engine.config is not None:
+        lines.append(describe(ds_config(read_file(engine.config), config, engine.config), engine.config))
+    largest = ledger.inputs.head_parameters
+    if (bucket := engine.zero.get("reduce_bucket_size", largest)) < largest:
+        lines.append(f"reduce_bucket_size={bucket} becomes the model's largest parameter, {largest}: a bucket takes it whole")
+    if ledger.inputs.policy.segment_layers > 1 and not ledger.inputs.policy.graph and engine.zero.get("stage3_prefetch_bucket_size"):
+        lines.append("stage3_prefetch_bucket_size becomes 0 with memory.segment_layers above 1: what a segment reads is not yet whole then")
+    return lines
 
 
 def _pipeline_notes(ledger: Ledger) -> list[str]:

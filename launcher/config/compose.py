@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -60,7 +61,7 @@ def _checked(data: dict[str, Any], overrides: list[Override]) -> Config:
     missing = list(_missing_keys(data))
     if missing:
         raise _missing_choice(missing[0], overrides)
-    config = decided(resolve_nodes(expand_homes(load_config(data)), [item.key for item in overrides]))
+    config = _engined(decided(resolve_nodes(expand_homes(load_config(data)), [item.key for item in overrides])))
     check_config(config)
     if config.run.id is not None:
         check_identifier("run.id", config.run.id)
@@ -75,6 +76,15 @@ def decided(config: Config) -> Config:
 
     # Standard output may be a script, or JSON.
     return decide_pipeline(config, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _engined(config: Config) -> Config:
+    """`config` with what engine.config says."""
+    if config.engine.config is None:
+        return config
+    from ...parallel.sharding.config import with_ds_config
+
+    return replace(config, engine=with_ds_config(config))
 
 
 def _whole(item: Override) -> list[str]:

@@ -40,6 +40,7 @@ PATH_KEYS: Mapping[str, PathKind] = MappingProxyType(
         "data.cache_dir": PathKind.FILE,
         "eval.corpora": PathKind.FILE,
         "parallel.profile": PathKind.FILE,
+        "engine.config": PathKind.FILE,
         "memory.offload_dir": PathKind.FILE,
         "checkpoint.mirror": PathKind.ADDRESS,
         "launcher.slurm.python": PathKind.COMMAND,
@@ -50,7 +51,7 @@ PATH_KEYS: Mapping[str, PathKind] = MappingProxyType(
 )
 """Every key whose value is a path or may be one."""
 
-_OF_THE_SUBMITTER = ("run.root", "launcher.ray.code", "launcher.ray.work_dir")
+_OF_THE_SUBMITTER = ("run.root", "engine.config", "launcher.ray.code", "launcher.ray.work_dir")
 """Paths that start where the command is typed, whatever launcher.ray.work_dir says."""
 
 # Quoted parts are matched first, and kept: `~` at the beginning of a value or of an item of a list is the home directory.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 from ...errors import ConfigError
 from ...utils.ranges import Range, check_ranges
+from .ds_config import check_zero, ds_config, read_file
 
 
 class Backend(Enum):
@@ -28,11 +29,31 @@ class EngineConfig:
     backend: Backend = Backend.TORCH
     stage: int | None = None
     """deepspeed: ZeRO's stage. 1: optimizer states are sharded, 2: gradients as well, 3: weights as well. None: engine=torch has none."""
+    config: str | None = None
+    """deepspeed: a ds_config.json, whose keys go to DeepSpeed, agree with this configuration, or are refused. None: there is none."""
+    zero: dict[str, Any] = field(default_factory=dict)
+    """deepspeed: keys of zero_optimization that go to DeepSpeed as they are, {reduce_bucket_size: 500000000}; engine.config sets it."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {"stage": Range(1, 3)}
 
 
 TORCH = EngineConfig()
+
+
+class _Engined(Protocol):
+    @property
+    def engine(self) -> EngineConfig: ...
+
+
+def with_ds_config(config: _Engined) -> EngineConfig:
+    """The engine of a whole configuration, with what engine.config says. ConfigError for what its file cannot say here.
+
+    The file is read when something is typed, and what goes to DeepSpeed is kept: a run needs no file.
+    """
+    engine = config.engine
+    if engine.config is None or engine.backend is not Backend.DEEPSPEED or engine.stage is None:
+        return engine
+    return replace(engine, zero=dict(ds_config(read_file(engine.config), config, engine.config).zero))
 
 
 def check_stage(engine: EngineConfig) -> None:
@@ -47,3 +68,17 @@ def check_stage(engine: EngineConfig) -> None:
             expected="null: FSDP2 shards weights, gradients and optimizer states, as ZeRO's stage 3 does",
             hint="engine=deepspeed, or engine.stage=null",
         )
+    _check_keys(engine)
+
+
+def _check_keys(engine: EngineConfig) -> None:
+    """ConfigError for keys of DeepSpeed's that another engine was given, or that do not go to it."""
+    if engine.backend is Backend.DEEPSPEED:
+        check_zero(engine.zero, engine.stage or 0)
+        return
+    given = {"config": engine.config, "zero": engine.zero or None}
+    for key, value in given.items():
+        if value is not None:
+            found, off = f"{value} with engine={engine.backend.value}", "null" if key == "config" else "{}"
+            hint = f"engine=deepspeed, or engine.{key}={off}"
+            raise ConfigError(f"engine.{key}", found=found, expected="it with engine=deepspeed alone", hint=hint)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 LAST_STEP = 10**12
@@ -25,6 +26,8 @@ class ZeroSettings:
     on_gpu: bool
     gathers_ahead: bool = True
     """Stage 3: the next layer's weights are on their way while one runs."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of zero_optimization that go to DeepSpeed as they are (engine.zero)."""
 
 
 def deepspeed_config(settings: ZeroSettings) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def deepspeed_config(settings: ZeroSettings) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": _zero(settings),
+        "zero_optimization": _zero(settings) | _asked(settings),
     }
     if settings.stage < 3:
         # Losses are shares of one mean: their gradients add up. Stage 3 has means only (`gradient_factor`).
@@ -64,6 +67,16 @@ def _zero(settings: ZeroSettings) -> dict[str, Any]:
         "stage3_max_live_parameters": 2 * settings.layer_numbers,
         "stage3_max_reuse_distance": 0,
     }
+
+
+def _asked(settings: ZeroSettings) -> dict[str, Any]:
+    """What was asked for, in place of what is chosen here; two sizes have bounds that this model sets."""
+    asked = dict(settings.asked)
+    if "reduce_bucket_size" in asked:
+        asked["reduce_bucket_size"] = max(asked["reduce_bucket_size"], settings.largest_numbers)
+    if not settings.gathers_ahead:
+        asked.pop("stage3_prefetch_bucket_size", None)
+    return asked
 
 
 def gradient_factor(stage: int, world_size: int) -> int:

@@ -45,6 +45,18 @@ def test_only_stage_three_gathers_weights() -> None:
     assert gathered(3) == {"embedding and head, gathered", "layers, gathered"}
 
 
+def test_what_is_asked_of_deepspeed_is_counted() -> None:
+    """Larger buckets, and weights that stay gathered."""
+    plain = inputs("engine=deepspeed")
+    numbers, bucket = plain.parameters, 10**10
+    asked = inputs("engine=deepspeed", f"engine.zero={{reduce_bucket_size: {bucket}}}")
+    assert zero.reduction(asked, 0).num_bytes == 2 * 4 * bucket > zero.reduction(plain, 0).num_bytes
+    kept = inputs("engine=deepspeed", "engine.zero={stage3_max_live_parameters: 1000000000000, stage3_max_reuse_distance: 1000000000}")
+    assert zero.gathered_layers(kept, 0).num_bytes == 2 * numbers > zero.gathered_layers(plain, 0).num_bytes
+    small = inputs("engine=deepspeed", "engine.zero={stage3_param_persistence_threshold: 100000}")
+    assert zero.gathered_layers(small, 0).num_bytes == zero.gathered_layers(plain, 0).num_bytes, "norms are less than a layer"
+
+
 def test_higher_stages_need_less() -> None:
     sums = [
         sum(term.by_phase.get(Phase.OPTIMIZER, 0) for term in device_terms(inputs("engine=deepspeed", f"engine.stage={n}")))

@@ -37,7 +37,7 @@ def test_every_text_of_the_configuration_is_a_path_or_is_not() -> None:
 
     others = {"launcher.nodes", "optim.warmup_steps"}
     texts = {key for key, hint, _ in walk_fields() if holds_text(hint) and not key.endswith(".name") and key not in others}
-    assert texts - {key for key in texts if key.split(".")[-1] in ("extra", "rope_scaling", "resources")} == set(PATH_KEYS) | TEXTS
+    assert texts - {key for key in texts if key.split(".")[-1] in ("extra", "rope_scaling", "resources", "zero")} == set(PATH_KEYS) | TEXTS
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_prepare", lambda options: 0)
     monkeypatch.setattr(rehearse, "_run", lambda config, overrides, config_dir: 0)
     words = shlex.split(command)
-    if words[0] in ("evaluate", "export"):
-        pytest.skip("needs a trained run: tests/test_evaluation_runs.py, tests/test_real_runs.py")
+    if words[0] in ("evaluate", "export", "import"):
+        pytest.skip("needs a trained run: tests/test_evaluation_runs.py, tests/test_real_runs.py, tests/model/test_import_model.py")
     assert cli.main(words) == 0, command
 
 

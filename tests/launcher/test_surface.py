@@ -43,6 +43,7 @@ def test_commands() -> None:
         "compare",
         "report",
         "export",
+        "import",
         "data",
         "completion",
     ]

@@ -12,8 +12,10 @@ from efflaunch.checkpoint.flat import Flat
 from efflaunch.model.build import RouterSettings, build_on_meta, install, master_dtype
 from efflaunch.model.weights import persistent_buffers
 from efflaunch.parallel.sequence.attention import CpuKernel
+from efflaunch.parallel.sharding.config import Backend, EngineConfig
 from efflaunch.parallel.sharding.parts import write_shard
 from efflaunch.parallel.topology import build_topology
+from efflaunch.tests.parity.objective_ranks import UnitSource, objective_of, units_of
 from efflaunch.tests.parity.optimizers_side import optim_config
 from efflaunch.tests.parity.ranks_side import POLICIES, ListSource, _store
 from efflaunch.training.forward_only import forward_only
@@ -22,6 +24,11 @@ from efflaunch.training.objectives.heads import LanguageModelling
 from efflaunch.training.optimizers.build_zero import shard
 from efflaunch.training.step import backward_step
 from efflaunch.training.step_setup import StepSetup
+
+
+def engine_of(case):
+    """The engine of a row: its stage, and what goes to DeepSpeed as it is."""
+    return EngineConfig(name="deepspeed", backend=Backend.DEEPSPEED, stage=case["stage"], zero=case.get("zero", {}))
 
 
 class ZeroTrainer:
@@ -42,7 +49,7 @@ class ZeroTrainer:
         install(self.model, policy, loss_chunk_tokens=7, store=_store("strict"), routers=routers)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(compute)
-        self.trained = shard(self.model, torch.device("cpu"), optim_config(**case.get("optim", {})), case["stage"], policy)
+        self.trained = shard(self.model, torch.device("cpu"), optim_config(**case.get("optim", {})), engine_of(case), policy)
         self.updater, self.state, self.weights = self.trained.updater, self.trained.state, self.trained.updater.weights
         for name, flat in self.weights.named_parameters():
             write_shard(flat, torch.from_numpy(weights[name]))
@@ -77,6 +84,19 @@ class ZeroTrainer:
 
     def close(self):
         self.trained.weights._engine.destroy()
+
+
+def run_zero_objective(objective, case, weights, options, plan):
+    """Rank 0: loss, gradients and norm of an objective's step."""
+    trainer = ZeroTrainer(case, weights, None, None)
+    trainer.updater.start(0.0, lambda: None)
+    works = read_step(UnitSource(units_of(objective, options)), 0, plan, trainer.topology.stage_rank)
+    step = objective_of(objective, options, works, trainer.topology)
+    loss = backward_step(trainer.setup(), works, step, on_last=trainer.updater.before_final_backward).sum()
+    dist.all_reduce(loss)
+    gradients, norm = trainer.gradients(), trainer.updater.finish().norm
+    trainer.close()
+    return (float(loss), gradients, norm) if dist.get_rank() == 0 else None
 
 
 def whole(tensors):

@@ -40,11 +40,11 @@ class UnitSource:
         return ids[start:stop], targets[start:stop]
 
 
-def _units(objective, options):
+def units_of(objective, options):
     return options["documents"] if objective == "dpo" else [(document,) for document in options["documents"]]
 
 
-def _objective(objective, options, works, topology):
+def objective_of(objective, options, works, topology):
     if objective == "fine-tuning":
         owners = options.get("owners")
         by_source = None if owners is None else SourceLosses(max(owners) + 1, owners.__getitem__)
@@ -81,8 +81,8 @@ def run_objective(objective, case, weights, options, plan):
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         write_shard(parameter, torch.from_numpy(weights[name]))
-    works = read_step(UnitSource(_units(objective, options)), 0, plan, topology.stage_rank)
-    step = _objective(objective, options, works, topology)
+    works = read_step(UnitSource(units_of(objective, options)), 0, plan, topology.stage_rank)
+    step = objective_of(objective, options, works, topology)
     setup = StepSetup(
         model=model, topology=topology, kernel=CpuKernel(), device=CPU,
         reduce_each=False, barrier_free=case.get("barrier_free", False),

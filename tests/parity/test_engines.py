@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from efflaunch.tests.parity.engines_side import run_with_forwards, run_zero
+from efflaunch.parallel.sequence.plan import StepPlan
+from efflaunch.parallel.sharding.ds_config_keys import PASSED, ZERO
+from efflaunch.tests.parity.engines_side import run_with_forwards, run_zero, run_zero_objective
 from efflaunch.tests.parity.reference import reference_loss, reference_model
+from efflaunch.tests.parity.test_objectives import LENGTHS as OBJECTIVE_LENGTHS
+from efflaunch.tests.parity.test_objectives import singles, truth
 from efflaunch.tests.parity.test_parity import batch, make_documents, plan_of, reference, rms, worst
 from efflaunch.tests.ranks import RankPool
 from efflaunch.training.optimizers.adamw import is_decayed
@@ -61,10 +65,12 @@ def off(got, want):
     return sum(int((np.abs(got[name] - want[name]) > 0.01 * min(RATES)).sum()) for name in want), sum(each.size for each in want.values())
 
 
-def check_zero(pool: RankPool, stage: int, policy: str, family: str = "llama", clip: float | None = None, plans=(ULYSSES, UNEQUAL)) -> None:
+def check_zero(
+    pool: RankPool, stage: int, policy: str, family: str = "llama", clip: float | None = None, plans=(ULYSSES, UNEQUAL), **engine
+) -> None:
     first, losses, gradients, norms, trained = plain(family, clip)
     documents, targets = make_documents(LENGTHS)
-    case = {"stage": stage, "policy": policy, "family": family, "dtype": "float32", "optim": {"grad_clip": clip}}
+    case = {"stage": stage, "policy": policy, "family": family, "dtype": "float32", "optim": {"grad_clip": clip}, **engine}
     passes, steps, ours = pool.run(run_zero, case, first, documents, targets, list(plans), RATES, ranks=2)[0]
     for plan, (loss, got, norm) in zip(plans, passes, strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-6)
@@ -90,6 +96,44 @@ def test_clipped_and_accumulated_with_tied_embeddings(pool: RankPool, stage: int
     check_zero(pool, stage, "recompute", "llama_mha_tied", clip=0.5, plans=(UNEQUAL, ULYSSES))
 
 
+PASSED_ON = {
+    1: {
+        "reduce_bucket_size": 100,
+        "allgather_bucket_size": 100,
+        "allgather_partitions": False,
+        "reduce_scatter": False,
+        "overlap_comm": True,
+    },
+    2: {"reduce_bucket_size": 100, "contiguous_gradients": False, "use_multi_rank_bucket_allreduce": False},
+    3: {
+        "reduce_bucket_size": 100,
+        "sub_group_size": 5000,
+        "overlap_comm": True,
+        "contiguous_gradients": False,
+        "reduce_scatter": False,
+        "stage3_prefetch_bucket_size": 10**9,
+        "stage3_max_live_parameters": 10**9,
+        "stage3_max_reuse_distance": 10**9,
+        "stage3_param_persistence_threshold": 100,
+        "stage3_model_persistence_threshold": 1000,
+        "stage3_use_all_reduce_for_fetch_params": True,
+        "stage3_allgather_sequential": True,
+        "log_trace_cache_warnings": True,
+    },
+}
+"""Everything that a ds_config.json may send to DeepSpeed, each as far from what is chosen here as it goes."""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_a_users_file_sends_to_deepspeed_changes_no_number(pool: RankPool, stage: int) -> None:
+    check_zero(pool, stage, "recompute", clip=0.5, zero=PASSED_ON[stage])
+
+
+def test_every_key_that_is_sent_is_tried() -> None:
+    sent = {row.name.removeprefix(ZERO) for row in PASSED if row.sent_as is None}
+    assert sent == set().union(*PASSED_ON.values())
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_experts_under_zero(pool: RankPool, stage: int) -> None:
     """All experts on every rank: stacks of matrices are flattened as matrices are."""
@@ -110,6 +154,21 @@ def test_router_losses_weigh_what_they_should(pool: RankPool, stage: int) -> Non
     passes, _, _ = pool.run(run_zero, case, plain("qwen3_moe", None)[0], documents, targets, [UNEQUAL], RATES, ranks=2)[0]
     error, name = worst(passes[0][1], want)
     assert error <= BOUND, f"gradient of {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(("stage", "objective"), [(1, "dpo"), (2, "dpo"), (3, "dpo"), (3, "grpo")])
+def test_objectives_under_zero(pool: RankPool, stage: int, objective: str) -> None:
+    """Pairs are scored before their gradients begin, rollouts are not; one sequence a micro-batch, over both ranks."""
+    weights, options, loss, _, gradients = truth("llama", objective)
+    narrow = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    degree, *batches = singles(objective, 2, 2)
+    plan = StepPlan(degree, OBJECTIVE_LENGTHS[objective], tuple(batches))
+    case = {"stage": stage, "policy": "recompute", "family": "llama", "dtype": "float32"}
+    got_loss, got, norm = pool.run(run_zero_objective, objective, case, narrow, options, plan, ranks=2)[0]
+    assert got_loss == pytest.approx(loss, rel=1e-5)
+    error, name = worst(got, gradients)
+    assert error <= 10 * BOUND, f"gradient of {name} is off by {error:.1e}"
+    assert norm == pytest.approx(sum(float(np.square(each).sum()) for each in gradients.values()) ** 0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -15,6 +15,7 @@ from ...model.hf_fields import hf_config_dict
 from ...model.stage import stage_of
 from ...model.weights import load_weights
 from ...parallel.pipeline.place import StagePlace
+from ...parallel.sharding.config import EngineConfig
 from ...parallel.sharding.deepspeed import Zero, ZeroWeights, shard_by_zero
 from ...parallel.sharding.deepspeed_settings import ZeroSettings
 from ...parallel.sharding.deepspeed_state import ZeroState, flat_weights, places
@@ -39,9 +40,9 @@ def build_zero(
 
     Weights are made, or read, in float32 where ZeRO keeps them, each rank its own part.
     """
-    assert expert_mesh is None and place is None and config.engine.stage is not None, "refused where it is configured"
+    assert expert_mesh is None and place is None, "refused where it is configured"
     model = empty_model(config, policy, store)
-    trained = shard(model, device, config.optim, config.engine.stage, policy)
+    trained = shard(model, device, config.optim, config.engine, policy)
     initialise(model, config.train.seed, trained.updater.weights, on_progress)
     if load and config.model.path is not None:
         shapes = stage_of(model).shapes
@@ -62,11 +63,12 @@ def empty_model(config: Settings, policy: MemoryPolicy, store: HostStore | None)
     return model
 
 
-def shard(model: PreTrainedModel, device: torch.device, optim: OptimConfig, stage: int, policy: MemoryPolicy) -> Trained:
+def shard(model: PreTrainedModel, device: torch.device, optim: OptimConfig, engine: EngineConfig, policy: MemoryPolicy) -> Trained:
     """The model of `empty_model` in ZeRO's hands: weights unset, `weights_changed` to be called once they are. Collective."""
+    assert engine.stage is not None, "refused where it is configured"
     layers = list(model.model.layers)
     settings = ZeroSettings(
-        stage=stage,
+        stage=engine.stage,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         grad_clip=optim.grad_clip,
         layer_numbers=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
@@ -74,6 +76,7 @@ def shard(model: PreTrainedModel, device: torch.device, optim: OptimConfig, stag
         on_gpu=device.type == "cuda",
         # Weights that a segment asks for while they are on their way would be taken for whole.
         gathers_ahead=policy.graph or policy.segment_layers == 1,
+        asked=engine.zero,
     )
     zero: Zero = shard_by_zero(model, layers, device, settings, zero_optimizer(model, optim))
     stage_of(model).weights = weights = ZeroWeights(zero)

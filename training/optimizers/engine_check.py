@@ -9,6 +9,7 @@ from typing import Protocol
 from ...errors import ConfigError
 from ...parallel.config import ParallelConfig
 from ...parallel.sharding.config import Backend, EngineConfig
+from ...parallel.sharding.ds_config import typed
 from ...parallel.sharding.engine import DEEPSPEED, EXPERT_PARALLEL, FSDP2, EngineFacts, Refused
 
 
@@ -28,7 +29,7 @@ def engine_facts(config: _Chosen) -> EngineFacts:
 
 def check_engine(engine: EngineFacts, config: object) -> None:
     """Raise ConfigError for the first setting of `config` (dataclasses of dataclasses) that `engine` cannot run; all of them are named."""
-    refused = [(pair, text) for pair in engine.refused if pair.refuses(text := _typed(config, pair.key))]
+    refused = [(pair, text) for pair in engine.refused if pair.refuses(text := typed(config, pair.key))]
     if not refused:
         return
     pair, text = refused[0]
@@ -52,16 +53,6 @@ def check_package(engine: EngineFacts, version_of: Callable[[str], str | None]) 
         expected=f"{package.name} {package.version}, whose inner parts this engine is written for",
         hint=f"{package.install}, or engine={Backend.TORCH.value}",
     )
-
-
-def _typed(config: object, key: str) -> str:
-    """The value of a key as a person types it."""
-    value = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    if isinstance(value, Enum):
-        return str(value.value)
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def _hint(config: object, pair: Refused) -> str:

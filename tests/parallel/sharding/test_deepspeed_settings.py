@@ -40,3 +40,11 @@ def test_no_weight_stays_whole_and_one_layer_is_gathered_ahead() -> None:
     assert zero["stage3_prefetch_bucket_size"] == 1000 and zero["stage3_max_live_parameters"] == 2000
     alone = deepspeed_config(replace(SETTINGS, gathers_ahead=False))["zero_optimization"]
     assert alone["stage3_prefetch_bucket_size"] == 0
+
+
+def test_what_is_asked_for_takes_the_place_of_what_is_chosen_within_the_models_bounds() -> None:
+    asked = {"reduce_bucket_size": 10, "stage3_prefetch_bucket_size": 77, "overlap_comm": True}
+    zero = deepspeed_config(replace(SETTINGS, asked=asked))["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"], zero["overlap_comm"]) == (4000, 77, True)
+    alone = deepspeed_config(replace(SETTINGS, asked=asked, gathers_ahead=False))["zero_optimization"]
+    assert alone["stage3_prefetch_bucket_size"] == 0
