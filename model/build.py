@@ -32,6 +32,7 @@ from ..memory.executor.saved import HostStore
 from ..memory.policy import MemoryPolicy
 from ..memory.position import Position
 from ..parallel.expert_exchange import ExpertRanks
+from ..parallel.experts.layer_order import LayerOrder
 from ..parallel.pipeline.links import StageLinks
 from ..parallel.pipeline.place import StagePart, StagePlace
 from ..parallel.sharding.experts import spread_experts
@@ -176,6 +177,13 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for executor in executors:
             executor.use_adapters(True)
+
+
+def use_expert_order(model: PreTrainedModel, order: LayerOrder) -> None:
+    """Take chunks of rows to experts in this order from the next pass on, the same on all ranks; nothing where all experts are here."""
+    for layer in model.model.layers:
+        if not isinstance(layer, Elsewhere):
+            layer.forward.use_expert_order(order)
 
 
 def _logit_softcap(config: PretrainedConfig) -> float | None:

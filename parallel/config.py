@@ -68,7 +68,10 @@ class ExpertsConfig:
     ep: int = 1
     """Ranks next to each other that share the experts of each layer (expert parallelism); 1: experts are sharded as all weights are."""
 
-    RANGES: ClassVar[Mapping[str, Range]] = {"ep": Range(1, 1 << 26)}
+    degree: int | None = None
+    """Chunks in which rows travel to shared experts and back, beside products. null: what the plan has as fastest on GPUs, 1 on CPUs."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {"ep": Range(1, 1 << 26), "degree": Range(1, 64)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +154,13 @@ def check_parallel(parallel: ParallelConfig, cluster: Machines, spec: ModelShape
     check_ranges(parallel.experts, "parallel.experts")
     if parallel.experts.ep > 1:
         _check_experts(parallel, world // stages, spec)
+    elif parallel.experts.degree is not None:
+        raise ConfigError(
+            "parallel.experts.degree",
+            found=f"{parallel.experts.degree} with parallel.experts.ep=1",
+            expected="null: no rows travel where every rank has all experts",
+            hint="parallel.experts.degree=null, or parallel.experts.ep=2",
+        )
 
 
 def _check_experts(parallel: ParallelConfig, world: int, spec: ModelShape) -> None:

@@ -1,6 +1,6 @@
 """The second half of a layer that is a mixture of experts, while it runs: rows, and gradients of its weights. Pure.
 
-The formulas follow memory/executor/{mixture,experts,grouped}.py and parallel/expert_exchange.py, moment by moment.
+The formulas follow memory/executor/{mixture,experts,expert_chunks,grouped}.py and parallel/expert_exchange.py, moment by moment.
 
 Legend, bytes of one token: H hidden, R hidden of each of its experts, B the same of the rows whose experts are here, A gate (or up) of
 those, G gate and up with the shared expert's, S gate of that.
@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...memory.activation_classes import EXPERT_GATE_UP, ExpertSizes
+from ...parallel.experts.layer_order import LayerOrder
 from ..plan_inputs import PlanInputs
+from ..timing.expert_order import expert_order
 from .moment import Moment, is_made, norm_backward
 
 
@@ -35,6 +37,8 @@ class _Widths:
     """Rows on their way: those that leave, and those that came before they are put in order. Nothing where all experts are here."""
     held: float
     """Rows that came here and stay for the gradients of weights; those that are here are gathered again."""
+    order: LayerOrder
+    """How chunks of rows are taken."""
 
     @classmethod
     def of(cls, inputs: PlanInputs, experts: ExpertSizes) -> _Widths:
@@ -55,6 +59,7 @@ class _Widths:
             one=width * experts.num_experts // inputs.expert_parallel * experts.inner_size * hidden,
             sent=(width * hidden * chosen + rows) * spread,
             held=rows * spread,
+            order=expert_order(inputs).order,
         )
 
 
@@ -62,8 +67,10 @@ def mixture_forward(inputs: PlanInputs, experts: ExpertSizes) -> float:
     """Bytes of one row without a graph, beside the sum after attention: gate and up from gathered rows, or the output from products."""
     w = _Widths.of(inputs, experts)
     stay = w.base + w.G * is_made(inputs, EXPERT_GATE_UP) + inputs.master * experts.per_token
+    # All chunks are sent before the first is waited for, and results of some leave while others come.
+    chunked = w.sent + w.B + (4 * w.A + w.B) / w.order.forward.degree if not w.order.is_plain else 0.0
     return stay + max(
-        w.B + w.sent, 2 * w.A, w.A + w.B, w.B + w.sent, w.R + 2 * w.wide + w.H, 2 * w.H + max(2 * w.S, w.S + w.H) * (w.S > 0)
+        chunked, w.B + w.sent, 2 * w.A, w.A + w.B, w.B + w.sent, w.R + 2 * w.wide + w.H, 2 * w.H + max(2 * w.S, w.S + w.H) * (w.S > 0)
     )
 
 
@@ -84,6 +91,7 @@ def mixture_graph_backward(inputs: PlanInputs, experts: ExpertSizes, whole: floa
 def _experts_backward(w: _Widths, stay: float) -> list[tuple[float, float]]:
     """Bytes of a row and of weights' gradients: through the last product, the activation, the first product, and the sums of rows."""
     return [
+        *_chunks_backward(w, stay),
         (stay + w.B + w.sent, 0.0),
         (stay + w.B + 4 * w.A, 0.0),
         (stay + w.B + 3 * w.A, w.one),
@@ -91,3 +99,12 @@ def _experts_backward(w: _Widths, stay: float) -> list[tuple[float, float]]:
         (stay + 2 * w.A + w.B + w.sent, 3 * w.one),
         (stay + 2 * w.A + w.R + w.wide + w.H, 3 * w.one),
     ]
+
+
+def _chunks_backward(w: _Widths, stay: float) -> list[tuple[float, float]]:
+    """The last chunk's gradients while all others' are on their way, beside what deferred weight gradients are made of."""
+    if w.order.is_plain:
+        return []
+    backward = w.order.backward
+    deferred = (w.B + 3 * w.A) * backward.defers_weights
+    return [(stay + deferred + w.B + w.sent + (2 * w.B + 6 * w.A) / backward.degree, 3 * w.one)]

@@ -9,6 +9,7 @@ from ...parallel.config import GradReduce
 from ..footprint.weight_operands import makes_weights_apart
 from ..plan_inputs import PlanInputs
 from .bandwidth import gb_per_s, offload_link
+from .expert_order import expert_order, way_s
 from .flops import (
     attention_passes,
     forward_attention_flops,
@@ -129,19 +130,15 @@ def _recompute_exchange(inputs: PlanInputs, into: int, out: int) -> float:
 
 
 def experts_exchange_s(inputs: PlanInputs) -> float:
-    """All-to-alls of one token of a sequence to its experts and back, on the busiest rank; they stand in compute's way.
+    """All-to-alls of one token of a sequence to its experts and back, on the busiest rank, as far as products do not hide them.
 
     Forward a row goes and comes back; backward it goes once more with its gradient, and a gradient comes back. Segments: forward again.
     """
-    experts, ep = inputs.spec.experts, inputs.expert_parallel
-    if experts is None or ep == 1:
+    if inputs.spec.experts is None or inputs.expert_parallel == 1:
         return 0.0
     ways = 4.0 if inputs.policy.graph else 5 + 2 * inner_share(inputs)
-    rows = inputs.spec.expert_layers * ways * experts.per_token * inputs.spec.hidden_size * inputs.width * inputs.row_share
-    near = min(ep, inputs.layout.ranks_per_node)
-    within, across = rows * (near - 1) / ep, rows * (ep - near) / ep
-    seconds = within / inputs.cluster.intra_node_bandwidth + across / inputs.cluster.inter_node_bandwidth
-    return seconds / inputs.layout.sp_degree
+    exposed = expert_order(inputs).exposed
+    return exposed * inputs.spec.expert_layers * ways * way_s(inputs) / inputs.layout.sp_degree
 
 
 def experts_wait_s(inputs: PlanInputs) -> float:
@@ -205,7 +202,8 @@ def collective_s(inputs: PlanInputs, num_bytes: float) -> float:
 def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
     cluster, length = inputs.cluster, inputs.data.max_seq_len
     twice = "forward and backward run twice, the first time for the norm to clip by (optim.clip_mode=two_pass)"
-    busiest = f"rows to experts are not hidden; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it"
+    hidden = f"rows to experts: {1 - expert_order(inputs).exposed:.0%} of their way beside products, by the model of schedules"
+    busiest = f"{hidden}; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",
         f"products at {inputs.gemm_rate / 1e12:.3g} TFLOP/s a rank ({cluster.gemm_efficiency:.0%} of cluster.peak_flops, "

@@ -15,10 +15,12 @@ from ...estimate.certificate import RECORD, certify
 from ...estimate.determinism import said_of_order
 from ...estimate.footprint.activations import class_splits
 from ...estimate.ledger import Account, Ledger
+from ...estimate.plan_inputs import PlanInputs
 from ...estimate.solver.report import SolveReport, describe_policy
 from ...estimate.stage_plans import stage_plans
 from ...estimate.suggestions import Suggestion, suggest
 from ...estimate.timing.bandwidth import device_update_rate, host_update_rate, offload_link
+from ...estimate.timing.expert_order import expert_order
 from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...memory.activation_classes import ExpertSizes
@@ -195,7 +197,21 @@ def _experts(ledger: Ledger, experts: ExpertSizes) -> dict[str, Any]:
         "experts_per_token": experts.per_token,
         "expert_layers": ledger.inputs.spec.expert_layers,
         "expert_parallel": ledger.inputs.expert_parallel,
+        **({"expert_order": _expert_order(ledger.inputs)} if ledger.inputs.expert_parallel > 1 else {}),
         "active_parameters": matrix_parameters(ledger.asked),
+    }
+
+
+def _expert_order(inputs: PlanInputs) -> dict[str, Any]:
+    """Chunks of rows to experts in both directions, and what the model has hidden of their exchanges."""
+    chosen = expert_order(inputs)
+    forward, backward = chosen.order.forward, chosen.order.backward
+    return {
+        "forward_degree": forward.degree,
+        "backward_degree": backward.degree,
+        "defers_weights": backward.defers_weights,
+        "hidden_share": 1 - chosen.exposed,
+        "digest": chosen.order.digest,
     }
 
 

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from ...estimate.certificate import RECORD, bound_line, certify
 from ...estimate.ledger import Account, Ledger
-from ...estimate.plan_inputs import GIB
+from ...estimate.plan_inputs import GIB, PlanInputs
 from ...estimate.solver.report import describe_report
 from ...estimate.stage_plans import stage_plans
 from ...estimate.suggestions import Suggestion
+from ...estimate.timing.expert_order import expert_order
 from ...estimate.timing.flops import matrix_parameters
 from ...estimate.timing.step import Timing
 from ...parallel.sharding.config import Backend
@@ -67,7 +68,7 @@ def _layout_lines(ledger: Ledger) -> list[str]:
     tokens = format_tokens(layout.tokens_per_rank)
     spec, experts = ledger.inputs.spec, ledger.inputs.spec.experts
     some = f" in {spec.expert_layers} of {spec.num_layers}" if spec.dense_layers else ""
-    where = f"{ledger.inputs.expert_parallel} ranks share them" if ledger.inputs.expert_parallel > 1 else "sharded as all weights are"
+    where = _expert_ranks(ledger.inputs) if ledger.inputs.expert_parallel > 1 else "sharded as all weights are"
     return [
         f"ranks       {layout.world_size} = {layout.num_nodes} node(s) x {layout.ranks_per_node}",
         *([f"engine      DeepSpeed, ZeRO stage {ledger.inputs.engine.stage}"] if ledger.inputs.engine.backend is Backend.DEEPSPEED else []),
@@ -77,6 +78,13 @@ def _layout_lines(ledger: Ledger) -> list[str]:
         f"step        {layout.num_groups} group(s) a micro-batch, {layout.num_micro_batches} micro-batch(es)",
         *_stage_lines(ledger),
     ]
+
+
+def _expert_ranks(inputs: PlanInputs) -> str:
+    """How rows travel to shared experts, and how much of that the model of schedules has beside products."""
+    chosen = expert_order(inputs)
+    order, hidden = chosen.order, f"{1 - chosen.exposed:.0%} of exchanges hidden (modelled)"
+    return f"{inputs.expert_parallel} ranks share them; rows forward in {order.forward.words}, backward in {order.backward.words}; {hidden}"
 
 
 def _stage_lines(ledger: Ledger) -> list[str]:

@@ -163,6 +163,8 @@ def _parallel(config: Config, axes: Axes, tokens: int) -> list[str]:
     words = [f"parallel.tokens_per_rank={tokens // axes.group}", "parallel.shard=null", "parallel.profile=null", "parallel.probe_s=0"]
     words += [f"parallel.replicate={axes.replicate}", f"parallel.experts.ep={axes.experts}", f"parallel.pipeline.stages={axes.stages}"]
     words += ["parallel.pipeline.layers=null", "parallel.pipeline.micro_batches=null", "parallel.pipeline.auto=false"]
+    if axes.experts == 1 and parallel.experts.degree is not None:
+        words.append("parallel.experts.degree=null")
     if parallel.sp_degree is not None:
         words.append(f"parallel.sp_degree={axes.group}")
     if parallel.ulysses_degree is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...parallel.experts.layer_order import LayerOrder
 from ..heads import ALL_HEADS, Heads
 from .compiled_graph import LEAST_ROWS, Graph, Traced, refusal, trace
 from .token_local import FeedForward, GradientSums, LayerSteps, Rope, Step
@@ -100,6 +101,10 @@ class CompiledSteps:
 
     def residual(self, x: Tensor, o: Tensor, graph: bool = False) -> Tensor:
         return self._forward(Step("residual"), (x, o))[0]
+
+    def use_expert_order(self, order: LayerOrder) -> None:
+        """Implements `LayerSteps.use_expert_order`."""
+        self._adapter.use_expert_order(order)
 
     def feed_forward(self, steps: LayerSteps) -> FeedForward:
         """Implements `LayerSteps.feed_forward`."""

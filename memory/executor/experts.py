@@ -11,21 +11,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...parallel.experts.layer_order import LayerOrder
 from .grouped import GroupedProjection, Groups, count_each
+
+Arrival = Callable[[], Tensor]
+"""Waits for rows that are on their way, and returns them."""
 
 
 class RowExchange(Protocol):
-    """The way of one piece's rows to the ranks of their experts and back (parallel/expert_exchange.py). Collective."""
+    """The way of one piece's rows, or a chunk of them, to the ranks of their experts and back (parallel/expert_exchange.py). Collective."""
+
+    @property
+    def order(self) -> LayerOrder:
+        """In which its chunks are taken."""
+        ...
 
     @property
     def counts(self) -> Tensor:
         """Rows of each expert that is here."""
+        ...
+
+    @property
+    def mine(self) -> Tensor:
+        """Which of the piece's rows on this rank these are (R,)."""
+        ...
+
+    @property
+    def here(self) -> slice:
+        """Where the rows that come here are among those of the whole piece that do."""
+        ...
+
+    def chunks(self, degree: int) -> Sequence[RowExchange]:
+        """The same rows in `degree` chunks. Not collective."""
         ...
 
     def dispatch(self, rows: Tensor) -> Tensor:
@@ -36,9 +58,21 @@ class RowExchange(Protocol):
         """The way back: (Q, ...) -> (R, ...)."""
         ...
 
+    def begin_dispatch(self, rows: Tensor) -> Arrival:
+        """`dispatch` that runs beside what follows."""
+        ...
+
+    def begin_combine(self, rows: Tensor) -> Arrival:
+        """`combine` that runs beside what follows."""
+        ...
+
 
 class ExpertRanks(Protocol):
     """Ranks that share the experts of a layer."""
+
+    def ordered(self, order: LayerOrder) -> ExpertRanks:
+        """The same, whose exchanges are taken in this order."""
+        ...
 
     def exchange(self, counts: Tensor) -> RowExchange:
         """Agree on the rows of one piece, from those here of each expert (E,). Collective."""
@@ -82,6 +116,11 @@ class Routing:
         exchange = None if ranks is None else ranks.exchange(counts)
         groups = Groups(counts if exchange is None else exchange.counts)
         return cls(chosen, order // chosen.shape[1], places.view(chosen.shape), kept, groups, exchange)
+
+    @property
+    def order(self) -> LayerOrder | None:
+        """How chunks of its rows are taken (expert_chunks.py); None: every exchange is waited for."""
+        return None if self.exchange is None or self.exchange.order.is_plain else self.exchange.order
 
     @property
     def wanted(self) -> Tensor:
@@ -169,8 +208,21 @@ class Experts:
 
         dy (T, M) is the output's.
         """
-        groups, upstream = routing.groups, routing.at_experts(dy)
+        groups, down = routing.groups, WeightSums(self.down)
         scale = routing.to_experts(routing.by_row(weights).unsqueeze(1))
+        d_weights, d_gate_up = self.through(gate_up, [routing.at_experts(dy)], scale, groups, down.add)
+        own = WeightSums(self.gate_up)
+        own.add(routing.rows(held), d_gate_up, groups)
+        d_rows = routing.from_experts(self.gate_up.input_gradient(d_gate_up, groups))
+        return routing.sum_rows(d_rows), routing.by_token(routing.from_experts(d_weights)), [*own.parts, *down.parts]
+
+    def through(self, gate_up: Tensor, given: list[Tensor], scale: Tensor, groups: Groups, take_down: TakeWeights) -> tuple[Tensor, Tensor]:
+        """Gradients of each row's weight (R,) and of gate and up (R, 2 I), through the last product and the activation.
+
+        `given` has the gradient of each row's result (R, M) before its weight `scale` (R, 1), which is taken out of it and written over.
+        `take_down` is given what the last product's weight gradients are made of.
+        """
+        upstream = given.pop()
         with torch.enable_grad():
             leaf = gate_up.detach().requires_grad_()
             product = self.activate(leaf)
@@ -180,47 +232,34 @@ class Experts:
         if self.down.bias is not None:
             d_weights += _dot(upstream, self.down.bias.detach()[groups.experts(len(upstream))])
         # In place: these rows are K times as many as the tokens.
-        down = _of_projection(self.down, activation, upstream.mul_(scale), groups)
+        take_down(activation, upstream.mul_(scale), groups)
         del upstream, activation
         (d_gate_up,) = torch.autograd.grad(product, leaf, back.mul_(scale))
-        del back, product
-        own = _of_projection(self.gate_up, routing.rows(held), d_gate_up, groups)
-        d_rows = routing.from_experts(self.gate_up.input_gradient(d_gate_up, groups))
-        return routing.sum_rows(d_rows), routing.by_token(routing.from_experts(d_weights)), [*own, *down]
+        return d_weights, d_gate_up
+
+
+TakeWeights = Callable[[Tensor, Tensor, Groups], None]
+"""Takes inputs (R, I) and gradients of outputs (R, O) of a product of grouped rows."""
+
+
+class WeightSums:
+    """Gradients of one projection's weight and bias, summed over calls of `add`."""
+
+    def __init__(self, projection: GroupedProjection) -> None:
+        self._projection = projection
+        bias = projection.bias
+        self.parts: list[Tensor | None] = [None] if bias is None else [None, None]
+        """Of weight and bias, None for one that is not trained or has had no rows; nothing for a bias that is not there."""
+
+    def add(self, x: Tensor, dy: Tensor, groups: Groups) -> None:
+        """Add what inputs x (R, I) and the outputs' gradient dy (R, O) come to."""
+        weight, bias = self._projection.weight, self._projection.bias
+        if weight.requires_grad:
+            self.parts[0] = self._projection.weight_gradient(x, dy, groups, self.parts[0])
+        if bias is not None and bias.requires_grad:
+            self.parts[1] = self._projection.bias_gradient(dy, groups, self.parts[1])
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Each row's product with the other's (R,), summed in float32 at least."""
     return (left * right).sum(-1, dtype=torch.promote_types(left.dtype, torch.float32))
-
-
-def _of_projection(projection: GroupedProjection, x: Tensor, dy: Tensor, groups: Groups) -> list[Tensor | None]:
-    """Gradients of weight and bias, None for one that is not trained; nothing for a bias that is not there."""
-    weight = projection.weight_gradient(x, dy, groups) if projection.weight.requires_grad else None
-    if projection.bias is None:
-        return [weight]
-    return [weight, projection.bias_gradient(dy, groups) if projection.bias.requires_grad else None]
-
-
-class ExpertsGraph(torch.autograd.Function):
-    """Experts as one node of a graph, which keeps rows, gate and up: h (T, M), weights (T, K), routing, experts, parameters -> (T, M)."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weights: Tensor, routing: Routing, experts: Experts, *parameters: Tensor) -> Tensor:
-        held = routing.hold(h)
-        gate_up = experts.gate_and_up(routing.rows(held), routing)
-        ctx.save_for_backward(held, gate_up, weights)
-        ctx.routing, ctx.experts = routing, experts
-        return experts.output(gate_up, weights, routing)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        d_h, d_weights, of_parameters = ctx.experts.gradients(*ctx.saved_tensors, dy, ctx.routing)
-        return d_h, d_weights, None, None, *of_parameters
-
-
-def in_graph(experts: Experts, h: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """`ExpertsGraph` of these experts."""
-    parameters: Sequence[Tensor] = experts.weights
-    return ExpertsGraph.apply(h, weights, routing, experts, *parameters)  # type: ignore[no-any-return]

@@ -70,22 +70,29 @@ class GroupedProjection:
         """Gradient of the inputs (R, I), given that of the outputs (R, O)."""
         return _times(dy, self.matrices, groups)
 
-    def weight_gradient(self, x: Tensor, dy: Tensor, groups: Groups) -> Tensor:
-        """Gradient of the weights in their own layout, from inputs x (R, I) and the outputs' gradient dy (R, O)."""
+    def weight_gradient(self, x: Tensor, dy: Tensor, groups: Groups, before: Tensor | None = None) -> Tensor:
+        """Gradient of the weights in their own layout, from inputs x (R, I) and the outputs' gradient dy (R, O).
+
+        It is added to that of rows `before`, in place.
+        """
         left, right = (x, dy) if self.transposed else (dy, x)
         if _has_kernel(left) and _has_kernel(right):
-            return torch._grouped_mm(left.t(), right, offs=groups.ends)
-        total = torch.zeros_like(self.weight)
+            made = torch._grouped_mm(left.t(), right, offs=groups.ends)
+            return made if before is None else before.add_(made)
+        total = torch.zeros_like(self.weight) if before is None else before
         for expert, rows in groups.slices():
-            torch.mm(left[rows].t(), right[rows], out=total[expert])
+            if before is None:
+                torch.mm(left[rows].t(), right[rows], out=total[expert])
+            else:
+                total[expert].addmm_(left[rows].t(), right[rows])
         return total
 
-    def bias_gradient(self, dy: Tensor, groups: Groups) -> Tensor:
-        """Gradient of the biases (E, O)."""
+    def bias_gradient(self, dy: Tensor, groups: Groups, before: Tensor | None = None) -> Tensor:
+        """Gradient of the biases (E, O), added in place to that of rows `before`."""
         assert self.bias is not None
-        total = torch.zeros_like(self.bias)
+        total = torch.zeros_like(self.bias) if before is None else before
         for expert, rows in groups.slices():
-            torch.sum(dy[rows], 0, out=total[expert])
+            total[expert] += dy[rows].sum(0)
         return total
 
 

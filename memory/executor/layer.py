@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...errors import ConfigError
+from ...parallel.experts.layer_order import LayerOrder
 from ..activation_classes import ATTENTION_OUTPUT, RESIDUAL
 from ..policy import MemoryPolicy
 from . import attention_chunked as chunked
@@ -67,6 +68,10 @@ class LayerExecutor:
             yield
         finally:
             self._raw.products = None
+
+    def use_expert_order(self, order: LayerOrder) -> None:
+        """How chunks of rows to experts are taken in the passes that start from now on; nothing in a layer whose experts are all here."""
+        self._raw.use_expert_order(order)
 
     def run(self, num_tokens: int, context: LayerContext, saved: Saved) -> LayerRun:
         """This layer on one rank's rows of a micro-batch."""

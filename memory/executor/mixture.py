@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..activation_classes import EXPERT_GATE_UP, MIXTURE, ROUTING
 from .capacity import Capacity
-from .experts import ExpertRanks, Experts, Routing, in_graph
+from .expert_chunks import BackwardInChunks, ForwardInChunks
+from .experts import ExpertRanks, Experts, Routing
+from .experts_graph import in_graph
 from .grouped import count_each
 from .router_losses import RouterLosses, with_losses
 from .token_local import GradientSums, LayerSteps, SavedPiece, Step
@@ -103,10 +105,23 @@ class MixtureFeedForward:
         if torch.is_grad_enabled():
             return rows + in_graph(self._layer.experts(), h, weights, routing) + self._shared(h)
         experts = self._layer.experts()
+        if routing.order is not None:
+            return self._forward_in_chunks(rows, h, weights, routing, saved)
         gate_up, *shared = self._inner(h, experts, routing, saved)[1]
         saved.put(EXPERT_GATE_UP, (gate_up, *shared))
         y = rows + experts.output(gate_up, weights, routing)
         return y.add_(self._shared_out(h, shared)) if shared else y
+
+    def _forward_in_chunks(self, rows: Tensor, h: Tensor, weights: Tensor, routing: Routing, saved: SavedPiece) -> Tensor:
+        """`forward` without a graph where rows travel in chunks; the shared expert is computed while the last ones do."""
+        stored = saved.get(EXPERT_GATE_UP)
+        passed = ForwardInChunks(self._layer.experts(), h, routing, None if stored is None else stored[0])
+        passed.run()
+        shared = self._shared_inner(h) if stored is None else stored[1:]
+        saved.put(EXPERT_GATE_UP, (passed.gate_up, *shared))
+        beside = self._shared_out(h, shared) if shared else None
+        y = rows + passed.output(weights)
+        return y if beside is None else y.add_(beside)
 
     def backward(self, rows: Tensor, dy: Tensor, saved: SavedPiece, sums: GradientSums) -> Tensor:
         """Implements `FeedForward.backward`."""
@@ -114,12 +129,10 @@ class MixtureFeedForward:
         with torch.no_grad():
             h, logits = self._steps.run_step(ROUTE, (rows,))
             routing = self._routing(logits, saved)
-            held, (gate_up, *shared) = self._inner(h, experts, routing, saved)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             weights = self._layer.weigh(leaf, routing.wanted)
-        d_h, d_weights, of_experts = experts.gradients(held, gate_up, weights.detach(), dy, routing)
-        del gate_up, held
+        shared, (d_h, d_weights, of_experts) = self._expert_gradients(h, weights.detach(), dy, routing, saved)
         for weight, part in zip(experts.weights, of_experts, strict=True):
             index = sums.index_of(weight)
             if index is not None and part is not None:
@@ -132,6 +145,22 @@ class MixtureFeedForward:
         (through,) = self._steps.pull_back(ROUTE, (rows,), (), (d_h, d_logits), sums)
         # The rows' own way past the experts.
         return through + dy
+
+    def _expert_gradients(
+        self, h: Tensor, weights: Tensor, dy: Tensor, routing: Routing, saved: SavedPiece
+    ) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor, list[Tensor | None]]]:
+        """What the shared expert needs, and the gradients of the routed ones."""
+        experts = self._layer.experts()
+        if routing.order is None:
+            with torch.no_grad():
+                held, (gate_up, *shared) = self._inner(h, experts, routing, saved)
+            return shared, experts.gradients(held, gate_up, weights, dy, routing)
+        stored = saved.get(EXPERT_GATE_UP)
+        passed = BackwardInChunks(experts, weights, dy, routing, h=h, held=None, gate_up=None if stored is None else stored[0])
+        passed.run()
+        with torch.no_grad():
+            inner = self._shared_inner(h) if stored is None else stored[1:]
+        return inner, passed.result()
 
     def _routing(self, logits: Tensor, saved: SavedPiece) -> Routing:
         stored = saved.get(ROUTING)
@@ -155,8 +184,11 @@ class MixtureFeedForward:
         stored, held = saved.get(EXPERT_GATE_UP), routing.hold(h)
         if stored is not None:
             return held, stored
-        shared = self._steps.run_step(SHARED_IN, (h,)) if self._layer.has_shared else ()
+        shared = self._shared_inner(h)
         return held, (experts.gate_and_up(routing.rows(held), routing), *shared)
+
+    def _shared_inner(self, h: Tensor) -> tuple[Tensor, ...]:
+        return self._steps.run_step(SHARED_IN, (h,)) if self._layer.has_shared else ()
 
     def _shared(self, h: Tensor) -> Tensor | float:
         if not self._layer.has_shared:
@@ -166,7 +198,7 @@ class MixtureFeedForward:
     def _shared_out(self, h: Tensor, inner: Sequence[Tensor]) -> Tensor:
         return self._steps.run_step(SHARED_OUT, (h, *inner) if self._layer.scales_shared else tuple(inner))[0]
 
-    def _shared_backward(self, h: Tensor, inner: list[Tensor], dy: Tensor, sums: GradientSums) -> Tensor:
+    def _shared_backward(self, h: Tensor, inner: Sequence[Tensor], dy: Tensor, sums: GradientSums) -> Tensor:
         if not self._layer.scales_shared:
             return self._steps.pull_back(SHARED_IN, (h,), (), self._steps.pull_back(SHARED_OUT, inner, (), (dy,), sums), sums)[0]
         d_h, *d_inner = self._steps.pull_back(SHARED_OUT, (h, *inner), (), (dy,), sums)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...parallel.experts.layer_order import LayerOrder
 from ..activation_classes import ActivationClass
 from ..heads import ALL_HEADS, Heads
 from .weight_products import LayerProducts
@@ -47,6 +48,10 @@ class LayerSteps(Protocol):
     def before_attention(self, x: Tensor, rope: Rope, heads: Heads = ..., *, graph: bool = ...) -> tuple[Tensor, ...]: ...
     def after_attention(self, x: Tensor, o: Tensor) -> Tensor: ...
     def residual(self, x: Tensor, o: Tensor, graph: bool = ...) -> Tensor: ...
+    def use_expert_order(self, order: LayerOrder) -> None:
+        """Take chunks of rows to experts in this order, where they travel."""
+        ...
+
     def feed_forward(self, steps: LayerSteps) -> FeedForward:
         """What follows the sum after attention; its token-local steps are run by `steps`: these, or a compiled stand-in."""
         ...

@@ -21,6 +21,7 @@ from ...memory.executor.router_losses import RouterLosses
 from ...memory.executor.token_local import FeedForward, GradientSums, LayerSteps, NothingSaved, Step, pull_back
 from ...memory.executor.weight_products import LayerProducts
 from ...memory.heads import ALL_HEADS, HeadIndex, Heads
+from ...parallel.experts.layer_order import LayerOrder
 from ...parallel.sequence.attention import AttentionSpec
 from ...parallel.sharding.parts import is_sharded, local
 from .projection import Projection, check_modules, projection_of
@@ -77,6 +78,11 @@ class LayerAdapter(ABC):
         """Implements `LayerSteps.trained`. Of weights whose other parts are on other ranks it has a view of the part here."""
         self._views = {name: local(weight) for name, weight in self.layer.named_parameters()}
         return [view for view in self._views.values() if view.requires_grad]
+
+    def use_expert_order(self, order: LayerOrder) -> None:
+        """Implements `LayerSteps.use_expert_order`."""
+        if self.expert_ranks is not None:
+            self.expert_ranks = self.expert_ranks.ordered(order)
 
     def weight(self, name: str) -> Tensor:
         """The part here of a weight that ranks share: the view of the last `trained`, whose memory every later pass fills."""

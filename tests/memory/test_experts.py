@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from efflaunch.memory.executor.experts import Experts, Routing, in_graph
+from efflaunch.memory.executor.experts import Experts, Routing
+from efflaunch.memory.executor.experts_graph import in_graph
 from efflaunch.memory.executor.grouped import GroupedProjection
 
 CHOSEN = torch.tensor([[2, 0], [0, 3], [2, 3], [0, 2], [3, 0]], dtype=torch.int32)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from efflaunch.memory.executor.experts import Routing
 from efflaunch.parallel.expert_exchange import ExpertRanks
+from efflaunch.parallel.experts.layer_order import LayerOrder, in_order
 from efflaunch.parallel.topology import whole_world
 from efflaunch.tests.ranks import RankPool
 
@@ -50,7 +51,27 @@ def there_and_back(counts: list[list[int]]) -> tuple[list[int], list[list[int]]]
         expected = {1: rows[:, 2].double() * 0.5}.get(values.ndim, rows[:, : values.shape[-1]].to(values.dtype))
         assert back.dtype == values.dtype and torch.equal(back, expected)
         assert torch.equal(exchange.dispatch(back), values)
+    check_chunks(counts[rank], rows, size)
     return exchange.counts.tolist(), here.tolist()
+
+
+def check_chunks(counts: list[int], rows: torch.Tensor, size: int) -> None:
+    """Chunks of any degree are the same rows: together they lie as one exchange has them, and come back to their places."""
+    order = LayerOrder(in_order(4), in_order(3))
+    exchange = ExpertRanks(whole_world(), size, order).exchange(torch.tensor(counts))
+    whole = exchange.dispatch(rows)
+    for degree in (1, 3, 4):
+        chunks = exchange.chunks(degree)
+        coming = [chunk.begin_dispatch(rows[chunk.mine]) for chunk in chunks]
+        back = torch.full_like(rows, -1)
+        leaving = []
+        for chunk, arrival in zip(chunks, coming, strict=True):
+            here = arrival()
+            assert torch.equal(here, whole[chunk.here]) and int(chunk.counts.sum()) == len(here)
+            leaving.append(chunk.begin_combine(here))
+        for chunk, arrival in zip(chunks, leaving, strict=True):
+            back[chunk.mine] = arrival()
+        assert torch.equal(back, rows) and torch.equal(sum(chunk.counts for chunk in chunks), exchange.counts)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

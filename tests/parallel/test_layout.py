@@ -148,6 +148,13 @@ GOOD = [
 ]
 
 
+def test_chunks_of_rows_that_do_not_travel_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_parallel(parallel(experts=ExpertsConfig(degree=2)), machines(2, 4), mixture())
+    assert caught.value.where == "parallel.experts.degree" and "parallel.experts.degree=null" in caught.value.hint
+    check_parallel(parallel(experts=ExpertsConfig(ep=2, degree=2)), machines(2, 4), mixture())
+
+
 @pytest.mark.parametrize(("changes", "world", "degree", "weights"), GOOD)
 def test_axes(changes: dict[str, Any], world: tuple[int, int], degree: int, weights: tuple[int, int]) -> None:
     layout = solve_layout(parallel(**changes), machines(*world), SimpleNamespace(num_heads=8), max_seq_len=90, global_batch_tokens=900)

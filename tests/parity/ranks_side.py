@@ -14,7 +14,7 @@ from efflaunch.memory.config import AttentionTiling
 from efflaunch.memory.offload.open import open_store
 from efflaunch.memory.policy import KEPT, MOVED, MemoryPolicy, Split
 from efflaunch.model.adapters.config import NO_ADAPTER
-from efflaunch.model.build import RouterSettings, build_model
+from efflaunch.model.build import RouterSettings, build_model, use_expert_order
 from efflaunch.model.weights import persistent_buffers
 from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.parallel.pipeline.place import StagePlace
@@ -185,6 +185,8 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
             parameter.requires_grad_(is_trained(case, name))
     for name, buffer in persistent_buffers(model).items():
         buffer.copy_(torch.from_numpy(weights[name]))
+    if "order" in case:
+        use_expert_order(model, case["order"])
     source, results = ListSource(documents, targets), []
     for plan in plans:
         loss = _gradients(model, topology, source, plan, case)
