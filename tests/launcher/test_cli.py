@@ -116,7 +116,7 @@ def test_a_machine_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("efflaunch +exp", ["+experiment="]),
         ("efflaunch train +experiment=quickstart_m", ["+experiment=quickstart_moe"]),
         ("efflaunch plan memory=", [f"memory={name}" for name in ("alst", "auto", "keep", "memo", "recompute", "streambp", "upipe")]),
-        ("efflaunch train train.st", ["train.stages=", "train.steps="]),
+        ("efflaunch train train.st", ["train.steps=", "train.stages="]),
         (
             "efflaunch +experiment=quickstart memory.activations=",
             ["memory.activations=keep", "memory.activations=host", "memory.activations=recompute", "memory.activations=null"],
