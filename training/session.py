@@ -157,9 +157,8 @@ def build_session(
     # First, so that communicators take their memory before the model does. The ledger assumes how much: it asks a GPU for its total.
     topology = make_groups(config, layout, device)
     ledger = agreed_ledger(config, device, run_dir)
-    order = said_of_order(ledger.inputs, choice)
-    if order is not None and topology.rank == 0:
-        log.info("%s", order)
+    if topology.rank == 0:
+        _log_notes(config, ledger, choice)
     prove_model(config.model, run_dir, on_progress)
     check_update_memory(ledger.on_host)
     store = host_store(ledger, device)
@@ -179,8 +178,6 @@ def build_session(
         on_replica=on_replica,
         on_mirror=on_mirror,
     )
-    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None and topology.rank == 0:
-        log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
     return Session(
         topology=topology,
         device=device,
@@ -195,6 +192,15 @@ def build_session(
         step_setup=step_setup(trained.model, topology, ledger.inputs, device, kernel),
         store=store,
     )
+
+
+def _log_notes(config: RunSettings, ledger: Ledger, choice: KernelChoice) -> None:
+    """What a run's log is to say of the plan, once."""
+    order = said_of_order(ledger.inputs, choice)
+    if order is not None:
+        log.info("%s", order)
+    if config.optim.update is Update.BACKWARD and config.checkpoint.every_steps is not None:
+        log.info("optim.update=backward: checkpoints are copied behind forward passes alone, backward already changes weights")
 
 
 def rank_kernel(config: RunSettings, layout: Layout, device: torch.device) -> tuple[BlockKernel, KernelChoice]:
