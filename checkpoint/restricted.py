@@ -7,7 +7,6 @@ ones; any other class ends the reading with its name. What these files hold is c
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from ..errors import CheckpointError
 
 READ_BYTES = 8 << 20
+LARGEST_PICKLE = 256 << 20
+"""Bytes of what is no tensor in a file: torch reads it whole into memory. Lists of a large model's parameters take some MiB."""
 
 
 class Ignored:
@@ -46,7 +47,7 @@ def load(path: Path, stand_ins: Mapping[str, type], on_bytes: Callable[[int], No
     except Exception as error:  # the unpickler raises what it meets
         # The error of the unpickler is long, and says how to read everything all the same.
         unsafe = sorted(set(_globals(path)) - set(stand_ins))
-        found = f"objects of {', '.join(unsafe)}" if unsafe else f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        found = f"objects of {', '.join(unsafe)}" if unsafe else f"{type(error).__name__}: {_first_line(error)}"
         raise _unreadable(path, found) from error
     if not isinstance(content, dict):
         raise _unreadable(path, f"a {type(content).__name__}")
@@ -66,14 +67,26 @@ def _check(path: Path, on_bytes: Callable[[int], None] | None) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    # Its tensors would be mapped as they lie in the file, and a small one may hold any number of bytes.
+                    raise _unreadable(path, f"the compressed record {record.filename}")
+                if record.filename.rpartition("/")[2] == "data.pkl" and record.file_size > LARGEST_PICKLE:
+                    raise _unreadable(path, f"{record.file_size} bytes in {record.filename}, with at most {LARGEST_PICKLE} expected")
                 with archive.open(record) as file:
                     while block := file.read(READ_BYTES):
                         if on_bytes is not None:
                             on_bytes(len(block))
     except FileNotFoundError as error:
         raise CheckpointError(str(path), found="no such file", expected="a file of the checkpoint", hint="a copy that is whole") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise _unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises what a damaged file makes it meet
+        raise _unreadable(path, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What it says, shortened; its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _unreadable(path: Path, found: str) -> CheckpointError:

@@ -135,8 +135,7 @@ def choose_checkpoint(run_dir: Path, step: int | None) -> files.CheckpointInfo:
 @contextmanager
 def appearing(out_dir: Path) -> Iterator[Path]:
     """A folder to write in that becomes `out_dir` at the end; removed when anything fails."""
-    if out_dir.is_dir() and any(out_dir.iterdir()):
-        raise _unusable(out_dir, "a directory with files in it")
+    check_new(out_dir)
     temporary = out_dir.with_name(out_dir.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -150,6 +149,12 @@ def appearing(out_dir: Path) -> Iterator[Path]:
         raise _unusable(out_dir, str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(out_dir: Path) -> None:
+    """CheckpointError where a directory to write already holds something."""
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise _unusable(out_dir, "a directory with files in it")
 
 
 def _unusable(out_dir: Path, actual: str) -> CheckpointError:
@@ -193,7 +198,7 @@ class _Saved:
 
         self._reader, self._key = Reader(source), MODEL
         index = {key[len(MODEL) :]: entry for key, entry in self._reader.tensors.items() if key.startswith(MODEL)}
-        self.shapes = {name: (tuple(entry.size), _out_dtype(name, entry.dtype, dtype, facts)) for name, entry in index.items()}
+        self.shapes = {name: (tuple(entry.size), out_dtype(name, entry.dtype, dtype, facts)) for name, entry in index.items()}
         """Shape and type by name."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -254,7 +259,7 @@ def _write_adapted(
     if form is Form.MERGED:
         rounding = merge(weights, trained, about.adapter.scaling, getattr(torch, dtype.value))
         notes += () if rounding is None else (f"rounded to {dtype.value}: an error of {rounding}",)
-    shapes = {name: (tuple(tensor.shape), _out_dtype(name, tensor.dtype, dtype, facts)) for name, tensor in weights.items()}
+    shapes = {name: (tuple(tensor.shape), out_dtype(name, tensor.dtype, dtype, facts)) for name, tensor in weights.items()}
 
     def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: weights.pop(name).to(shapes[name][1]) for name in names}
@@ -320,7 +325,7 @@ def _write_shard(tensors: dict[str, torch.Tensor], path: Path, facts: FamilyFact
     path.chmod(mode)
 
 
-def _out_dtype(name: str, saved: torch.dtype, dtype: Dtype, facts: FamilyFacts | None) -> torch.dtype:
+def out_dtype(name: str, saved: torch.dtype, dtype: Dtype, facts: FamilyFacts | None) -> torch.dtype:
     """Precision of a tensor in files. Biases that move in steps of a thousandth keep theirs, as transformers keeps them."""
     import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError
 from ..training.config import Dtype
 from .build import build_config, build_on_meta
 from .config import ModelConfig
-from .export import MAX_SHARD_BYTES, appearing, write_config, write_shards
+from .export import MAX_SHARD_BYTES, appearing, check_new, out_dtype, write_config, write_shards
 from .export_files import Origins, write_files
 from .hf_fields import model_fields
 from .import_zero import Weights, folder_of, num_bytes, open_weights
@@ -57,6 +57,7 @@ def import_model(
     `model`: the directory of its config.json and tokenizer; None: beside the checkpoint, where Hugging Face's trainer has them.
     `on_progress(bytes done, bytes of all)`: reading and checking is one half, writing the other.
     """
+    check_new(out_dir)
     folder = folder_of(checkpoint)
     source = _model_of(checkpoint, folder) if model is None else model
     fields = model_fields(ModelConfig(name=source.name, path=str(source)))
@@ -70,10 +71,11 @@ def import_model(
 
     expected = _expected(fields.given)
     weights = _Renamed(open_weights(folder, count), expected, folder)
+    shapes = {name: (shape, out_dtype(name, weights.dtype(name), dtype, fields.facts)) for name, shape in expected.items()}
     with appearing(out_dir) as temporary:
         written = write_shards(
-            {name: (shape, getattr(torch, dtype.value)) for name, shape in expected.items()},
-            weights.reader(getattr(torch, dtype.value)),
+            shapes,
+            lambda names: {name: weights.read(name).to(shapes[name][1]) for name in names},
             temporary,
             max_shard_bytes,
             fields.facts,
@@ -119,7 +121,7 @@ class _Renamed:
         problems += [
             f"{name} of shape {list(there[theirs])}, not {list(expected[name])}"
             for name, theirs in self._own.items()
-            if torch.Size(there[theirs]).numel() != torch.Size(expected[name]).numel()
+            if not _fits(there[theirs], expected[name])
         ]
         if problems:
             more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -130,10 +132,18 @@ class _Renamed:
                 hint="--model MODEL_DIR, the directory that training began from",
             )
 
-    def reader(self, dtype: torch.dtype) -> Callable[[Iterable[str]], dict[str, Tensor]]:
-        """What gives tensors by the model's names, in this precision."""
-        return lambda names: {name: self._read(name).to(dtype).reshape(self._expected[name]).contiguous() for name in names}
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision that it has in the checkpoint: parameters float32."""
+        buffer = self._weights.buffers.get(self._own[name])
+        return torch.float32 if buffer is None else buffer.dtype
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """A tensor by the model's name for it, in the model's shape."""
         theirs = self._own[name]
-        return self._weights.buffers[theirs] if theirs in self._weights.buffers else self._weights.read(theirs)
+        value = self._weights.buffers[theirs] if theirs in self._weights.buffers else self._weights.read(theirs)
+        return value.reshape(self._expected[name]).contiguous()
+
+
+def _fits(there: Shape, wanted: Shape) -> bool:
+    """Whether a tensor is of this shape, or is flat with as many numbers."""
+    return there == wanted or (len(there) == 1 and there[0] == torch.Size(wanted).numel())

@@ -75,22 +75,29 @@ def folder_of(checkpoint: Path) -> Path:
 
 
 def num_bytes(folder: Path) -> int:
-    """Bytes of all files that are read, for progress."""
-    return sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    """Bytes of the files that `open_weights` reads, for progress."""
+    return sum(path.stat().st_size for path in _files(folder))
 
 
-def open_weights(folder: Path, on_bytes: OnBytes | None = None) -> Weights:
-    """The weights in a folder. CheckpointError where it is none of DeepSpeed's, has parts missing, or other than one may expect."""
+def _files(folder: Path) -> list[Path]:
+    """Every parameter's file of a universal checkpoint; otherwise rank 0's model states, then optimizer states rank by rank."""
     if (folder / "zero").is_dir():
-        return _Universal(folder, on_bytes)
+        return sorted((folder / "zero").glob("*/fp32.pt"))
     names = sorted(path.name for path in folder.iterdir())
     _refuse_parallel(folder, names)
     files = {(int(match[1]), match[3]): folder / match[0] for match in map(_RANK.fullmatch, names) if match is not None}
     shards = {rank: path for (rank, kind), path in files.items() if kind == "optim"}
     if not shards:
         raise _none(folder, f"no *_optim_states.pt among {len(names)} files")
-    model = files.get((0, "model"), folder / "mp_rank_00_model_states.pt")
-    return _Zero(folder, load(model, STAND_INS, on_bytes), [load(shards[rank], STAND_INS, on_bytes) for rank in _all(folder, shards)])
+    return [files.get((0, "model"), folder / "mp_rank_00_model_states.pt"), *(shards[rank] for rank in _all(folder, shards))]
+
+
+def open_weights(folder: Path, on_bytes: OnBytes | None = None) -> Weights:
+    """The weights in a folder. CheckpointError where it is none of DeepSpeed's, has parts missing, or other than one may expect."""
+    if (folder / "zero").is_dir():
+        return _Universal(folder, on_bytes)
+    model, *shards = _files(folder)
+    return _Zero(folder, load(model, STAND_INS, on_bytes), [load(shard, STAND_INS, on_bytes) for shard in shards])
 
 
 def _refuse_parallel(folder: Path, names: Iterable[str]) -> None:
@@ -101,7 +108,7 @@ def _refuse_parallel(folder: Path, names: Iterable[str]) -> None:
             str(folder),
             found=f"{cut[0]}, of a model that is cut over ranks by tensors or stages",
             expected="a checkpoint of data-parallel ranks alone",
-            hint="a universal checkpoint of it: python -m deepspeed.checkpoint.ds_to_universal",
+            hint=f"a universal checkpoint of it (python -m deepspeed.checkpoint.ds_to_universal), then efflaunch import {folder}_universal",
         )
 
 
@@ -135,7 +142,12 @@ class _Zero:
             groups = [{str(name): tuple(map(int, shape)) for name, shape in group.items()} for group in model["param_shapes"]]
             buffer_names = set(model["buffer_names"])
             self.buffers = {name: value for name, value in model["module"].items() if name in buffer_names}
+            if unlike := [name for name, value in self.buffers.items() if not isinstance(value, Tensor)]:
+                raise TypeError(f"the buffer {unlike[0]} is no tensor")
             self.shared = dict(model.get("shared_params") or {})
+            known = {name for group in groups for name in group}
+            if strange := sorted(set(self.shared.values()) - known):
+                raise ValueError(f"a second name of {strange[0]}, which is no parameter")
             frozen, version = model.get("frozen_param_shapes"), model.get("ds_version")
             shards = _shards(folder, [each["optimizer_state_dict"] for each in optimizers])
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -51,7 +51,9 @@ def runs_of_groups(
         raise LayoutError(f"{len(groups)} groups of parameters, and {sorted({len(own) for own in lengths})} buffers a rank")
     for index, shapes in enumerate(groups):
         segments = [_Segment(rank, index, own[index]) for rank, own in enumerate(lengths)]
-        behind = [0] * len(shapes) if paddings is None else paddings[index]
+        behind = [0] * len(shapes) if paddings is None or index >= len(paddings) else paddings[index]
+        if len(behind) != len(shapes):
+            raise LayoutError(f"{len(behind)} paddings of the {len(shapes)} parameters of group {index}")
         at = 0
         for (name, shape), padding in zip(shapes.items(), behind, strict=True):
             runs[name] = _cut(segments, at, math.prod(shape), 0)

@@ -53,7 +53,16 @@ def with_ds_config(config: _Engined) -> EngineConfig:
     engine = config.engine
     if engine.config is None or engine.backend is not Backend.DEEPSPEED or engine.stage is None:
         return engine
-    return replace(engine, zero=dict(ds_config(read_file(engine.config), config, engine.config).zero))
+    said = dict(ds_config(read_file(engine.config), config, engine.config).zero)
+    for name, value in engine.zero.items():
+        if name in said and said[name] != value:
+            raise ConfigError(
+                f"engine.zero.{name}",
+                found=f"{value}, where {engine.config} says {said[name]}",
+                expected="the same in both",
+                hint="the file changed, or engine.config=null to go by engine.zero alone",
+            )
+    return replace(engine, zero={**engine.zero, **said})
 
 
 def check_stage(engine: EngineConfig) -> None:

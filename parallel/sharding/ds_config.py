@@ -179,8 +179,9 @@ def _unreadable(row: Passed, value: Any, stage: int) -> _Problem | None:
     if row.kind is bool:
         return None if isinstance(value, bool) else _Problem(f"{row.name}={json.dumps(value)}, no truth value", f"{row.name}: true")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    is_count = is_number and math.isfinite(value) and value >= 0 and value == int(value)
-    return None if is_count else _Problem(f"{row.name}={json.dumps(value)}, no number of elements", f"{row.name}: 500000000")
+    is_count = is_number and math.isfinite(value) and value >= row.least and value == int(value) and int(value) % row.multiple == 0
+    expected = "number of elements" + (f" from {row.least} on, divisible by {row.multiple}" if row.multiple > 1 else "")
+    return None if is_count else _Problem(f"{row.name}={json.dumps(value)}, no {expected}", f"{row.name}: 500000000")
 
 
 def typed(config: object, key: str) -> str:

@@ -22,11 +22,14 @@ class Passed:
 
     name: str
     kind: type[int] | type[bool]
-    """int takes numbers without a fraction, from 0 on; bool true and false."""
+    """int takes numbers without a fraction, from `least` on; bool true and false."""
     stages: tuple[int, ...] = STAGES
     """Those that read it."""
     sent_as: str | None = None
     """The name it is sent under; None: its own."""
+    least: int = 0
+    multiple: int = 1
+    """What an int must be divisible by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ TOKENS = "a batch is a number of tokens here, in as many sequences and micro-bat
 BATCH = "data.global_batch_tokens=..."
 PASSED: tuple[Passed, ...] = (
     Passed(f"{ZERO}reduce_bucket_size", int),
-    Passed(f"{ZERO}allgather_bucket_size", int, (1, 2)),
+    Passed(f"{ZERO}allgather_bucket_size", int, (1, 2), least=2, multiple=2),
     Passed(f"{ZERO}allgather_partitions", bool, (1, 2)),
     Passed(f"{ZERO}reduce_scatter", bool),
     Passed(f"{ZERO}contiguous_gradients", bool),
