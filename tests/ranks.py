@@ -16,6 +16,7 @@ the test with the rank's traceback as a note, and the world it came from is repl
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -228,8 +229,27 @@ def _serve(pipe: Connection, rank: int, size: int, store: Path, stacks: Path) ->
                 call: _Call = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 return
+            _leave_groups()
             torch.manual_seed(0)
             pipe.send_bytes(pickle.dumps(_answer(call)))
+
+
+def _leave_groups() -> None:
+    """Ends the groups of the call before, which every rank has left by now: each has threads of gloo's that wake a hundred times a second.
+
+    After a hundred calls there would be a thousand of them in every rank, and two cores would do nothing else.
+    """
+    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    made = [group for group in c10d._world.pg_map if group is not c10d._get_default_group()]
+    if not made:
+        return
+    # Layouts that torch remembers hold the first mesh of its kind, and its groups.
+    _clear_sharding_prop_cache()
+    while made:
+        c10d.destroy_process_group(made.pop())
+    gc.collect()
 
 
 def _answer(call: _Call) -> tuple[bool, bytes, str]:
