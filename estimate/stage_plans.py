@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
+from ..parallel.config import SequenceMode
 from ..parallel.layout import solve_layout
 from ..units import format_bytes, format_tokens
 from .build import build_ledger
@@ -32,8 +33,9 @@ def stage_plans(run: Ledger, stages: Sequence[DataConfig]) -> tuple[StagePlan, .
 def _stage_ledger(run: Ledger, data: DataConfig) -> Ledger:
     asked, parallel = run.asked, run.inputs.parallel
     length, batch = data.max_seq_len, data.global_batch_tokens
-    own = solve_layout(parallel, asked.cluster, asked.spec, max_seq_len=length, global_batch_tokens=batch)
     # Groups are the run's: only micro-batches are counted anew. (With parallel.sequence=adaptive they are each step's own.)
+    same = replace(parallel, sequence=SequenceMode.STATIC, sp_degree=run.layout.sp_degree)
+    own = solve_layout(same, asked.cluster, asked.spec, max_seq_len=length, global_batch_tokens=batch)
     layout = replace(run.layout, num_micro_batches=own.num_micro_batches, sequences_per_group=own.sequences_per_group)
     return build_ledger(
         replace(asked, data=data, layout=layout, parallel=parallel, policy=run.inputs.policy, memory=replace(asked.memory, solve=False))

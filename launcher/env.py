@@ -63,11 +63,24 @@ def rank_environment(config: Config, interface: str | None = None) -> dict[str, 
 
 
 def check_order(config: Config) -> None:
-    """ConfigError where cuBLAS is set otherwise here than train.deterministic wants it: torch refuses its products then."""
-    found = os.environ.get(CUBLAS)
-    if config.cluster.device is Device.CUDA and config.train.deterministic and found is not None and found not in _CUBLAS_IN_ORDER:
-        expected = f"one of {', '.join(_CUBLAS_IN_ORDER)} with train.deterministic=true"
-        raise ConfigError(CUBLAS, found=repr(found), expected=expected, hint=f"unset {CUBLAS}: ranks are given {_CUBLAS_IN_ORDER[0]}")
+    """ConfigError where a variable is set otherwise here than train.deterministic wants it."""
+    if config.cluster.device is not Device.CUDA or not config.train.deterministic:
+        return
+    for name, value in _IN_ORDER.items():
+        found = os.environ.get(name)
+        if found is not None and not _keeps_order(name, found):
+            expected = f"{' or '.join(_CUBLAS_IN_ORDER) if name == CUBLAS else value} with train.deterministic=true"
+            raise ConfigError(name, found=repr(found), expected=expected, hint=f"unset {name}: ranks are given {value}")
+
+
+def _keeps_order(name: str, found: str) -> bool:
+    """Whether a user's value of a variable of `_IN_ORDER` lets sums be made in one order alone."""
+    if name == CUBLAS:
+        return found in _CUBLAS_IN_ORDER
+    if name == "NCCL_ALGO":
+        in_switches = {"NVLS", "NVLSTREE"} & set(found.upper().lstrip("^").split(","))
+        return len(in_switches) == 2 if found.startswith("^") else not in_switches
+    return found == _IN_ORDER[name]
 
 
 def _threads(config: Config) -> str:

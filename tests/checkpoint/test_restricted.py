@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from efflaunch.checkpoint import restricted
 from efflaunch.checkpoint.restricted import Fields, Ignored, load
 from efflaunch.errors import CheckpointError
 
@@ -82,3 +84,18 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
         load(path, {})
     words = {"flipped": "Bad CRC-32", "cut": "not a zip", "text": "not a zip", "list": "a list", "nothing": "no such file"}
     assert error.value.where == str(path) and words[damage] in error.value.found
+
+
+def test_compressed_records_and_endless_pickles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are mapped as they lie in the file, and what is no tensor is read whole: a small file could hold any number of bytes."""
+    path, packed = tmp_path / "a.pt", tmp_path / "packed.pt"
+    torch.save({"x": torch.zeros(4000)}, path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for record in archive.infolist():
+            other.writestr(record.filename, archive.read(record))
+    with pytest.raises(CheckpointError, match="the compressed record"):
+        load(packed, {})
+    assert load(path, {})["x"].numel() == 4000
+    monkeypatch.setattr(restricted, "LARGEST_PICKLE", 8)
+    with pytest.raises(CheckpointError, match=r"bytes in .*data\.pkl, with at most 8 expected"):
+        load(path, {})

@@ -28,10 +28,18 @@ def test_the_stage_of_the_longest_sequences_is_the_runs_own_plan(memory: str) ->
     assert check_stage_plans(run, [short, data]) is None
 
 
+@pytest.mark.parametrize("sequence", ["adaptive", "static"])
+def test_a_stage_of_short_sequences_counts_all_its_tokens(sequence: str) -> None:
+    """Its groups are the run's, which are for longer ones."""
+    run = plan(compose(["+experiment=quickstart", "data.max_seq_len=16K", "data.global_batch_tokens=64K", f"parallel.sequence={sequence}"]))
+    (same, short) = stage_plans(run, [run.asked.data, replace(run.asked.data, max_seq_len=2048)])
+    assert run.layout.sp_degree > 1 and short.ledger.timing.tokens == same.ledger.timing.tokens == 65536
+
+
 def test_a_stage_that_takes_more_than_was_planned_is_refused() -> None:
     config = compose([*WORDS])
     run = plan(config)
-    longer = replace(config.data, max_seq_len=8192, global_batch_tokens=65536)
+    longer = replace(config.data, global_batch_tokens=65536)
     lean = replace(run, device=replace(run.device, terms=run.device.terms[:1]))
-    with pytest.raises(PlanError, match=r"train.stages\[0\]: found .* for sequences up to 8K in steps of 64K tokens"):
+    with pytest.raises(PlanError, match=r"train.stages\[0\]: found .* for sequences up to 4K in steps of 64K tokens"):
         check_stage_plans(lean, [longer])

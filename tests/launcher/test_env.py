@@ -80,6 +80,10 @@ def test_libraries_add_in_order_where_it_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setenv(CUBLAS, ":16:8")
     check_order(ordered)
     assert CUBLAS not in rank_environment(ordered)
+    for name, value in (("NCCL_ALGO", "NVLS,Ring"), ("NCCL_ALGO", "^NVLSTree"), ("TORCHINDUCTOR_DETERMINISTIC", "0")):
+        with monkeypatch.context() as other, pytest.raises(ConfigError, match=f"{name}: found '"):
+            other.setenv(name, value)
+            check_order(ordered)
     monkeypatch.setenv(CUBLAS, ":4096:2")
     check_order(free)
     with pytest.raises(ConfigError) as refused:

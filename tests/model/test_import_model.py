@@ -98,6 +98,7 @@ def test_another_models_checkpoint_is_refused_and_nothing_is_left(tmp_path: Path
         f"no {name}": {other: value for other, value in weights.items() if other != name},
         "extra, which the model has not": {**weights, "extra": torch.zeros(3)},
         f"{name} of shape [3], not": {**weights, name: torch.zeros(3)},
+        f"{name} of shape [64, 112], not [112, 64]": {**weights, name: torch.zeros(64, 112)},
     }
     for index, (found, theirs) in enumerate(changed.items()):
         with pytest.raises(CheckpointError) as error:

@@ -23,6 +23,9 @@ def test_shards_are_put_together(tmp_path: Path, stage: int, ranks: int) -> None
     weights = open_weights(folder, counts.append)
     assert all(torch.equal(weights.read(name), value) for name, value in WEIGHTS.items()) and list(weights.shapes) == list(WEIGHTS)
     assert weights.about == f"ZeRO stage {stage} of {ranks} ranks, DeepSpeed 0.0" and 0 < sum(counts) <= num_bytes(folder)
+    counted = num_bytes(folder)
+    (folder / "training_args.pt").write_bytes(b"x" * 1000)
+    assert num_bytes(folder) == counted, "only what is read"
 
 
 def test_a_universal_checkpoint_is_read(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ class MixedSampler:
                 f"{where}.global_batch_tokens",
                 found=format_tokens(batch_tokens),
                 expected="so many that the share of one source holds its longest sequence, or steps could be empty",
-                hint=f"{where}.global_batch_tokens={needed}, or a smaller {where}.max_seq_len",
+                hint=f"{needed} tokens there (data.global_batch_tokens has to be as many), or a smaller max_seq_len"
+                if where != "data"
+                else f"data.global_batch_tokens={needed}, or a smaller data.max_seq_len",
             )
         self.settings = MixSettings(
             batch_tokens,

@@ -93,6 +93,9 @@ def test_a_file_reaches_the_run_and_is_judged_again_when_the_run_changes(tmp_pat
     assert composed.engine.zero == ds_config(FILE, composed, "").zero
     with pytest.raises(ConfigError, match=r"optimizer\.params\.lr=3e-05, where optim\.lr=0\.1"):
         changed(composed, parse_overrides(["optim.lr=0.1"], None), None)
+    with pytest.raises(ConfigError, match=r"engine\.zero\.\w+: found .*, where .*ds\.json says"):
+        name, value = next(iter(composed.engine.zero.items()))
+        compose(["+experiment=quickstart", "engine=deepspeed", f"engine.config={path}", *TYPED, f"+engine.zero.{name}={value + 2}"])
     other = changed(composed, parse_overrides(["engine=torch"], None), None)
     assert other.engine.config is None and other.engine.zero == {}
     with pytest.raises(ConfigError, match="with engine=torch"):
@@ -113,7 +116,8 @@ def test_a_file_that_is_none(tmp_path: Path, text: str | None, found: str) -> No
 
 def test_keys_that_are_typed_are_checked_alike() -> None:
     check_zero({"reduce_bucket_size": 10, "overlap_comm": True}, 2)
-    for where, value in (("reduce_buckets_size", 10), ("stage3_max_live_parameters", 5)):
+    wrong = [("reduce_buckets_size", 10), ("stage3_max_live_parameters", 5), ("allgather_bucket_size", 0), ("allgather_bucket_size", 7)]
+    for where, value in wrong:
         with pytest.raises(ConfigError) as error:
             check_zero({where: value}, 2)
         assert error.value.where == f"engine.zero.{where}"
