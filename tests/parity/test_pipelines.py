@@ -9,8 +9,7 @@ import pytest
 
 from efflaunch.parallel.pipeline.config import PipelineOrder
 from efflaunch.tests.parity.ranks_side import run_plans
-from efflaunch.tests.parity.reference import make_documents
-from efflaunch.tests.parity.test_parity import ALL, LENGTHS, batch, check_parity, plan_of, reference, rms, static
+from efflaunch.tests.parity.test_parity import ALL, LENGTHS, batch, check_parity, make_documents, plan_of, reference, rms, static
 from efflaunch.tests.ranks import RankPool
 
 
