@@ -84,7 +84,13 @@ def _resident(ledger: Ledger, numbers: Numbers) -> str:
 
 
 def _phases(position: Position) -> tuple[Phase, ...]:
-    phases = {"forward": (Phase.FORWARD,), "loss": (Phase.LOSS,), "backward": (*BACKWARD, Phase.REDUCE), "optimizer": (Phase.OPTIMIZER,)}
+    phases = {
+        "forward": (Phase.FORWARD,),
+        "loss": (Phase.LOSS,),
+        "backward": (*BACKWARD, Phase.REDUCE),
+        "weight gradients": (Phase.REDUCE,),
+        "optimizer": (Phase.OPTIMIZER,),
+    }
     return phases.get(position.phase, tuple(Phase))
 
 

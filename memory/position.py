@@ -11,7 +11,7 @@ class Position:
     """Kept up to date by the trunk (model/build.py), the layer executor (memory/executor/layer.py) and the loop (training/trainer.py)."""
 
     phase: str = "start"
-    """`forward`, `loss`, `backward`, `optimizer`; anything else is shown as it is."""
+    """`forward`, `loss`, `backward`, `weight gradients` (put off by a pipeline), `optimizer`; anything else is shown as it is."""
     layer: int | None = None
     """The decoder layer that runs, from 0."""
 

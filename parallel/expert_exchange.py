@@ -94,6 +94,11 @@ class RowExchange:
         return tuple(RowExchange.of(self.group, self.order, self.rows, cut) for cut in cuts)
 
     @property
+    def experts(self) -> slice:
+        """Which of the experts that are here (E / P) these rows can be of."""
+        return slice(self.cut.start // self.rows.slots, -(-self.cut.stop // self.rows.slots))
+
+    @property
     def mine(self) -> Tensor:
         """Which of the piece's rows (R,) on this rank these are."""
         runs, start = [], 0

@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from ..errors import PlanError
+from ..estimate.timing.expert_order import expert_order
+from ..model.build import use_expert_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from transformers import PreTrainedModel
 
+    from ..estimate.plan_inputs import PlanInputs
     from ..parallel.experts.layer_order import LayerOrder
+    from ..parallel.topology import Topology
+
+
+def take_planned_order(model: PreTrainedModel, inputs: PlanInputs, topology: Topology) -> None:
+    """Have the layers of a model that was built take chunks in the plan's order. Collective where experts are spread over ranks."""
+    if topology.shares_experts:
+        use_expert_order(model, agreed_order(expert_order(inputs).order, topology.world))
 
 
 def agreed_order(order: LayerOrder, world: ProcessGroup) -> LayerOrder:

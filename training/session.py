@@ -26,13 +26,11 @@ from ..estimate.ledger import Ledger
 from ..estimate.plan_inputs import PlanInputs
 from ..estimate.stages import gpipe_in_flight
 from ..estimate.timing.bandwidth import offload_link
-from ..estimate.timing.expert_order import expert_order
 from ..memory.offload.checks import check_offload_space
 from ..memory.offload.host_store import HostStore
 from ..memory.offload.open import open_store
 from ..memory.position import Position
 from ..model.adapters.base import adapter_identity, model_digest
-from ..model.build import use_expert_order
 from ..model.spec import ModelSpec, active_layer_parameters, model_spec
 from ..parallel.config import GradReduce
 from ..parallel.layout import Layout, solve_layout
@@ -45,7 +43,7 @@ from ..utils.c_allocator import return_freed_blocks
 from ..utils.orderly_end import closed_in_order
 from ..utils.text import typed
 from .agreed_ledger import agreed_ledger
-from .agreed_order import agreed_order
+from .agreed_order import take_planned_order
 from .bind_cores import bind_to_gpu
 from .data.identity import data_identity, settings_of
 from .data.source import DataSource, open_data
@@ -166,8 +164,7 @@ def build_session(
         build, policy = builder_of(config), ledger.inputs.policy
         place, experts = stage_place(topology, ledger), topology.experts
         trained = build(config, policy, topology.mesh, device, store, on_progress=on_progress, expert_mesh=experts, place=place)
-    if topology.shares_experts:
-        use_expert_order(trained.model, agreed_order(expert_order(ledger.inputs).order, topology.world))
+    take_planned_order(trained.model, ledger.inputs, topology)
     adapter = agreed_adapter(config, topology)
     checkpointer = CheckpointEngine(
         config.checkpoint,

@@ -39,6 +39,8 @@ class _Widths:
     """Rows that came here and stay for the gradients of weights; those that are here are gathered again."""
     order: LayerOrder
     """How chunks of rows are taken."""
+    sums: float
+    """Bytes of gradients of all experts that are here, as chunks add to them, and beside them of what the kernel makes of one chunk."""
 
     @classmethod
     def of(cls, inputs: PlanInputs, experts: ExpertSizes) -> _Widths:
@@ -46,6 +48,8 @@ class _Widths:
         wide = experts.has_wide_router and inputs.master > width
         logits, spread = (inputs.master if wide else width) * experts.num_experts, inputs.expert_parallel > 1
         rows = width * hidden * chosen * inputs.row_share
+        order, here = expert_order(inputs).order, experts.num_experts // inputs.expert_parallel
+        one = width * here * experts.inner_size * hidden
         return cls(
             H=width * hidden,
             R=width * hidden * chosen,
@@ -56,10 +60,11 @@ class _Widths:
             base=width * hidden + inputs.master * hidden * wide + logits + 16 * chosen,
             weighed=inputs.master * (experts.num_experts + 3 * chosen) + 8 * chosen,
             wide=inputs.master * hidden,
-            one=width * experts.num_experts // inputs.expert_parallel * experts.inner_size * hidden,
+            one=one,
             sent=(width * hidden * chosen + rows) * spread,
             held=rows * spread,
-            order=expert_order(inputs).order,
+            order=order,
+            sums=one * _sums_of_chunks(inputs, order.backward.degree, here),
         )
 
 
@@ -107,4 +112,13 @@ def _chunks_backward(w: _Widths, stay: float) -> list[tuple[float, float]]:
         return []
     backward = w.order.backward
     deferred = (w.B + 3 * w.A) * backward.defers_weights
-    return [(stay + deferred + w.B + w.sent + (2 * w.B + 6 * w.A) / backward.degree, 3 * w.one)]
+    return [(stay + deferred + w.B + w.sent + (2 * w.B + 6 * w.A) / backward.degree, w.sums)]
+
+
+def _sums_of_chunks(inputs: PlanInputs, degree: int, here: int) -> float:
+    """`_Widths.sums` over one matrix of the `here` experts of a rank."""
+    cut = here % degree > 0
+    most = min(here, -(-here // degree) + cut)
+    # Chunks that cut experts are summed in the precision of accumulations, of products made apart, and rounded one matrix at a time.
+    totals = 3 * (inputs.master / inputs.width if cut else 1)
+    return totals + 2 * most / here * (cut or (inputs.on_gpu and degree > 1))

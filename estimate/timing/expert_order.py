@@ -1,7 +1,8 @@
 """The order in which a run's layers take chunks of rows to experts, chosen by the schedules' own solver, and what it hides. Pure.
 
-A layer's dispatch, products and combine are priced by the plan's rates; every degree is simulated with contention, backward with weight
-gradients in place and deferred, and the fastest is kept (parallel/experts/recipe.py). One chunk is among them: never slower in the model.
+A layer's dispatch, products and combine are priced by the plan's rates; every degree that divides a rank's experts is simulated with
+contention, backward with weight gradients in place and deferred, and the fastest is kept (parallel/experts/recipe.py). One chunk is among
+them: never slower in the model.
 
 Note: assumed. Starts are of FSMoE's testbeds (arXiv 2501.10714, figure 5: all-to-all 0.18 to 0.29 ms, products 0.04 to 0.09); chunks are
 taken to be equal, which they are where experts are used evenly.
@@ -40,9 +41,14 @@ class ChosenOrder:
 
     @property
     def exposed(self) -> float:
-        """Share of the exchanges' seconds that products do not hide."""
+        """Share of the exchanges' seconds that products do not hide; above 1 where a degree that was set is slower than plain."""
         exchanges = self.plain_s - self.compute_s
-        return min(1.0, max(0.0, (self.seconds - self.compute_s) / exchanges)) if exchanges > 0 else 1.0
+        return max(0.0, (self.seconds - self.compute_s) / exchanges) if exchanges > 0 else 1.0
+
+    @property
+    def hidden_share(self) -> float:
+        """What products hide of the exchanges, to be shown: none where the order is slower than plain."""
+        return max(0.0, 1.0 - self.exposed)
 
 
 AS_THEY_COME = ChosenOrder(PLAIN, 0.0, 0.0, 0.0)
@@ -77,19 +83,24 @@ def expert_order(inputs: PlanInputs) -> ChosenOrder:
         inputs.policy.graph,
         not inputs.policy.graph and inputs.policy.split(EXPERT_GATE_UP).recompute > 0,
         inputs.expert_parallel > inputs.layout.ranks_per_node,
-        degree,
+        _degrees(experts.num_experts // inputs.expert_parallel) if degree is None else (degree,),
     )
 
 
+def _degrees(experts: int) -> tuple[int, ...]:
+    """Those whose chunks are whole experts of a rank: each expert's gradient is then one product, and never a sum of pieces."""
+    from ...parallel.experts.solve import DEGREES
+
+    return tuple(degree for degree in DEGREES if experts % degree == 0)
+
+
 @lru_cache(maxsize=256)  # asked for by terms of every policy the solver looks at
-def _choose(way: float, products: float, graph: bool, makes_gate_up: bool, across: bool, degree: int | None) -> ChosenOrder:
+def _choose(way: float, products: float, graph: bool, makes_gate_up: bool, across: bool, degrees: tuple[int, ...]) -> ChosenOrder:
     # Tables of numbers, which commands that plan no experts do not load.
     from ...parallel.experts.build_plan import phase_plan
     from ...parallel.experts.recipe import Order, Recipe, prepare
-    from ...parallel.experts.solve import DEGREES
 
     prepared = prepare(_cost(way, products, graph, makes_gate_up, Resource.INTER if across else Resource.INTRA), CALIBRATED, 1)
-    degrees = DEGREES if degree is None else (degree,)
     forward = _fastest([Recipe(degree=each, order=Order.RANK) for each in degrees], Phase.FORWARD, prepared)
     ways = (WeightGradients.FUSED, WeightGradients.EXPERTS)
     backward = _fastest(

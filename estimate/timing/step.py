@@ -202,7 +202,7 @@ def collective_s(inputs: PlanInputs, num_bytes: float) -> float:
 def _assumptions(inputs: PlanInputs, sequences: int) -> tuple[str, ...]:
     cluster, length = inputs.cluster, inputs.data.max_seq_len
     twice = "forward and backward run twice, the first time for the norm to clip by (optim.clip_mode=two_pass)"
-    hidden = f"rows to experts: {1 - expert_order(inputs).exposed:.0%} of their way beside products, by the model of schedules"
+    hidden = f"rows to experts: {expert_order(inputs).hidden_share:.0%} of their way beside products, by the model of schedules"
     busiest = f"{hidden}; the busiest rank gets {inputs.row_share:g} times the mean, and all wait for it"
     return (
         f"every sequence has data.max_seq_len={length} tokens ({sequences} a step); shorter ones need less of everything",

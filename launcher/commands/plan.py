@@ -210,7 +210,7 @@ def _expert_order(inputs: PlanInputs) -> dict[str, Any]:
         "forward_degree": forward.degree,
         "backward_degree": backward.degree,
         "defers_weights": backward.defers_weights,
-        "hidden_share": 1 - chosen.exposed,
+        "hidden_share": chosen.hidden_share,
         "digest": chosen.order.digest,
     }
 

@@ -83,7 +83,7 @@ def _layout_lines(ledger: Ledger) -> list[str]:
 def _expert_ranks(inputs: PlanInputs) -> str:
     """How rows travel to shared experts, and how much of that the model of schedules has beside products."""
     chosen = expert_order(inputs)
-    order, hidden = chosen.order, f"{1 - chosen.exposed:.0%} of exchanges hidden (modelled)"
+    order, hidden = chosen.order, f"{chosen.hidden_share:.0%} of exchanges hidden (modelled)"
     return f"{inputs.expert_parallel} ranks share them; rows forward in {order.forward.words}, backward in {order.backward.words}; {hidden}"
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from ...cluster.config import Device
 from ...errors import ConfigError
+from ...estimate.plan_inputs import PlanInputs
 from ...estimate.solver.report import describe_policy
+from ...estimate.timing.expert_order import expert_order
 from ...memory.activation_classes import CLASSES
 from ...memory.policy import MemoryPolicy, Split
 from ...model.adapters.config import AdapterMethod
@@ -20,6 +22,7 @@ from ...model.families import facts_of
 from ...model.families.facts import READ_BY_ALL
 from ...model.hf_fields import SIZE_NAMES
 from ...model.proof.tiny_config import tiny_config
+from ...parallel.experts.layer_order import LayerOrder
 from ...training.config import Objective
 from ...training.data.config import corpus_prefixes
 from ...training.reporting.config import WandbMode
@@ -34,6 +37,8 @@ FIRST_STEPS, STEPS = 2, 4
 _MOST_OF_AN_AXIS = 2
 _MOST_MICRO_BATCHES = 4
 _MOST_CHUNKS = 8
+_CHUNKS = 2
+"""Of rows to experts, where there is more than one at full size."""
 _MOST_RANK = 4
 """Of an adapter: small matrices have no higher one."""
 
@@ -74,11 +79,20 @@ def rehearsal(config: Config, *, ranks: int, tokens: int) -> Rehearsal:
     layers = max(2 * axes.stages, 2 * policy.segment_layers)
     words = [*_model(config.model, layers), *_data(config, axes, tokens), *_parallel(config, axes, tokens), *_machine(config, axes)]
     words += [*_memory(policy, rows, config.parallel.tokens_per_rank), *_rest(config)]
+    order = _solved_order(config, inputs)
+    if order is not None:
+        words.append(f"parallel.experts.degree={_CHUNKS}")
     return Rehearsal(
         overrides=tuple(words),
-        same=tuple(_same(config, axes, "; ".join(describe_policy(policy, inputs)))),
-        left_out=tuple(_left_out(config)),
+        same=tuple(_same(config, axes, "; ".join(describe_policy(policy, inputs)), order)),
+        left_out=tuple(_left_out(config, order)),
     )
+
+
+def _solved_order(config: Config, inputs: PlanInputs) -> LayerOrder | None:
+    """That of chunks of rows to experts at full size, where the solver chose it and it is not one exchange: on CPUs it would not."""
+    order = expert_order(inputs).order
+    return None if config.parallel.experts.degree is not None or order.is_plain else order
 
 
 def axes_of(config: Config, ranks: int) -> Axes:
@@ -211,7 +225,7 @@ def _rest(config: Config) -> list[str]:
     return words
 
 
-def _same(config: Config, axes: Axes, policy: str) -> list[str]:
+def _same(config: Config, axes: Axes, policy: str, order: LayerOrder | None) -> list[str]:
     """What the miniature has in common with the experiment, in words."""
     parallel, pipeline = config.parallel, config.parallel.pipeline
     adapter = f", adapter={config.adapter.name}" * (config.adapter.method is not AdapterMethod.NONE)
@@ -220,11 +234,12 @@ def _same(config: Config, axes: Axes, policy: str) -> list[str]:
     found.append(f"sequences {parallel.sequence.value}, over {axes.group} of {axes.ranks // axes.stages} ranks")
     found += [f"{axes.stages} pipeline stages, {pipeline.order.value}"] * (axes.stages > 1)
     found += [f"experts over {axes.experts} ranks"] * (axes.experts > 1)
+    found += [f"rows to experts in chunks beside products, here {_CHUNKS} each way"] * (order is not None)
     found += [f"{axes.replicate} copies of the weights"] * (axes.replicate > 1)
     return [*found, f"save at step {FIRST_STEPS}, resume to step {STEPS}"]
 
 
-def _left_out(config: Config) -> list[str]:
+def _left_out(config: Config, order: LayerOrder | None) -> list[str]:
     """What only the whole run will show."""
     cluster, data = config.cluster, config.data
     world = cluster.num_nodes * cluster.ranks_per_node
@@ -232,6 +247,8 @@ def _left_out(config: Config) -> list[str]:
     found.append(
         f"sequences of {format_tokens(data.max_seq_len)} tokens, {format_bytes(cluster.device_memory_bytes)} a device: efflaunch plan"
     )
+    if order is not None:
+        found.append(f"the chosen order of rows to experts: forward {order.forward.words}, backward {order.backward.words}")
     corpora = corpus_prefixes(data)
     if corpora or data.builtin is None:
         stand_in = "Python's own sources stand" if config.train.objective is Objective.LANGUAGE_MODELLING else "random answers stand"

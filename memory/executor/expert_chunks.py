@@ -123,8 +123,10 @@ class BackwardInChunks:
         self._experts, self._dy, self._h, self._held, self._gate_up = experts, dy, h, held, gate_up
         self._order, self._chunks = routing.order.backward, _Chunks(routing, routing.order.backward)
         self._scale = routing.by_row(weights).unsqueeze(1)
-        self._own, self._down = WeightSums(experts.gate_up), WeightSums(experts.down)
-        self._deferred: dict[int, list[tuple[WeightSums, Tensor, Tensor, Groups]]] = {}
+        # Weights have gradients from backward's chunks alone, which may be whole experts where those of forward are not.
+        cut = len(routing.groups.counts) % self._order.degree > 0
+        self._own, self._down = WeightSums(experts.gate_up, cut=cut), WeightSums(experts.down, cut=cut)
+        self._deferred: dict[int, list[tuple[WeightSums, Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def run(self) -> None:
@@ -138,15 +140,15 @@ class BackwardInChunks:
             elif turn.move is Move.COMBINE:
                 self._chunks.combine(turn.chunk)
             else:
-                for sums, x, dy, groups in self._deferred.pop(turn.chunk):
-                    sums.add(x, dy, groups)
+                for sums, x, dy in self._deferred.pop(turn.chunk):
+                    sums.add(x, dy, Groups(part.counts), part.experts)
 
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Gradients of tokens (T, M), of weights (T, K), and of `Experts.weights` that are trained."""
         routing = self._chunks.routing
         d_weights = routing.by_token(self._chunks.gathered(1))
-        return routing.sum_rows(self._chunks.gathered(0)), d_weights, [*self._own.parts, *self._down.parts]
+        return routing.sum_rows(self._chunks.gathered(0)), d_weights, [*self._own.take(), *self._down.take()]
 
     def _dispatch(self, chunk: int, part: RowExchange) -> None:
         mine, routing = part.mine, self._chunks.routing
@@ -163,13 +165,12 @@ class BackwardInChunks:
 
         def take(sums: WeightSums, rows: Tensor, dy: Tensor) -> None:
             if defers:
-                later.append((sums, rows, dy, groups))
+                later.append((sums, rows, dy))
             else:
-                sums.add(rows, dy, groups)
+                sums.add(rows, dy, groups, part.experts)
 
         given = [upstream]
         del upstream
         d_weights, d_gate_up = self._experts.through(gate_up, given, scale, groups, lambda rows, dy, _: take(self._down, rows, dy))
         take(self._own, x, d_gate_up)
         self._chunks.leaving[chunk] = [self._experts.gate_up.input_gradient(d_gate_up, groups), d_weights]
-

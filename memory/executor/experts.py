@@ -37,6 +37,11 @@ class RowExchange(Protocol):
         ...
 
     @property
+    def experts(self) -> slice:
+        """Which of the experts that are here these rows can be of."""
+        ...
+
+    @property
     def mine(self) -> Tensor:
         """Which of the piece's rows on this rank these are (R,)."""
         ...
@@ -214,7 +219,7 @@ class Experts:
         own = WeightSums(self.gate_up)
         own.add(routing.rows(held), d_gate_up, groups)
         d_rows = routing.from_experts(self.gate_up.input_gradient(d_gate_up, groups))
-        return routing.sum_rows(d_rows), routing.by_token(routing.from_experts(d_weights)), [*own.parts, *down.parts]
+        return routing.sum_rows(d_rows), routing.by_token(routing.from_experts(d_weights)), [*own.take(), *down.take()]
 
     def through(self, gate_up: Tensor, given: list[Tensor], scale: Tensor, groups: Groups, take_down: TakeWeights) -> tuple[Tensor, Tensor]:
         """Gradients of each row's weight (R,) and of gate and up (R, 2 I), through the last product and the activation.
@@ -243,21 +248,43 @@ TakeWeights = Callable[[Tensor, Tensor, Groups], None]
 
 
 class WeightSums:
-    """Gradients of one projection's weight and bias, summed over calls of `add`."""
+    """Gradients of one projection's weight and bias, from calls of `add` that together have every expert.
 
-    def __init__(self, projection: GroupedProjection) -> None:
-        self._projection = projection
-        bias = projection.bias
-        self.parts: list[Tensor | None] = [None] if bias is None else [None, None]
-        """Of weight and bias, None for one that is not trained or has had no rows; nothing for a bias that is not there."""
+    `cut`: more than one call may have rows of the same expert; then they are summed in float32 at least, and rounded once.
+    """
 
-    def add(self, x: Tensor, dy: Tensor, groups: Groups) -> None:
-        """Add what inputs x (R, I) and the outputs' gradient dy (R, O) come to."""
-        weight, bias = self._projection.weight, self._projection.bias
-        if weight.requires_grad:
-            self.parts[0] = self._projection.weight_gradient(x, dy, groups, self.parts[0])
-        if bias is not None and bias.requires_grad:
-            self.parts[1] = self._projection.bias_gradient(dy, groups, self.parts[1])
+    def __init__(self, projection: GroupedProjection, *, cut: bool = False) -> None:
+        self._projection, self._cut = projection, cut
+        self._totals: list[Tensor | None] = [None] if projection.bias is None else [None, None]
+
+    def add(self, x: Tensor, dy: Tensor, groups: Groups, experts: slice = slice(None)) -> None:
+        """Add what inputs x (R, I) and the outputs' gradient dy (R, O) come to, rows of these experts alone."""
+        projection, here = self._projection, Groups(groups.counts[experts])
+        if projection.weight.requires_grad:
+            self._add(0, projection.weight, experts, lambda out: projection.weight_gradient(x, dy, here, out))
+        if projection.bias is not None and projection.bias.requires_grad:
+            self._add(1, projection.bias, experts, lambda out: projection.bias_gradient(dy, here, out))
+
+    def _add(self, index: int, parameter: Tensor, experts: slice, make: Callable[[Tensor | None], Tensor]) -> None:
+        total = self._totals[index]
+        if total is None and not self._cut and len(parameter[experts]) == len(parameter):
+            self._totals[index] = make(None)
+            return
+        if total is None:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            total = self._totals[index] = torch.zeros_like(parameter, dtype=wide if self._cut else None)
+        if self._cut:
+            total[experts] += make(None)
+        else:
+            make(total[experts])
+
+    def take(self) -> list[Tensor | None]:
+        """Those of weight and bias, once: None for one that is not trained; nothing for a bias that is not there."""
+        dtype = self._projection.weight.dtype
+        # One after the other, so that no sum stays beside what it is rounded to for longer than needed.
+        for index, total in enumerate(self._totals):
+            self._totals[index] = None if total is None else total.to(dtype)
+        return self._totals
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -70,30 +70,33 @@ class GroupedProjection:
         """Gradient of the inputs (R, I), given that of the outputs (R, O)."""
         return _times(dy, self.matrices, groups)
 
-    def weight_gradient(self, x: Tensor, dy: Tensor, groups: Groups, before: Tensor | None = None) -> Tensor:
-        """Gradient of the weights in their own layout, from inputs x (R, I) and the outputs' gradient dy (R, O).
+    def weight_gradient(self, x: Tensor, dy: Tensor, groups: Groups, out: Tensor | None = None) -> Tensor:
+        """Gradient of the weights of the experts of `groups` in their own layout, from inputs x (R, I) and the outputs' gradient dy (R, O).
 
-        It is added to that of rows `before`, in place.
+        Written to `out` where that is given, which is zero: experts without rows are not written.
         """
         left, right = (x, dy) if self.transposed else (dy, x)
-        if _has_kernel(left) and _has_kernel(right):
+        # Not without rows: as in `_times`, the kernel is not asked for nothing.
+        if len(x) and _has_kernel(left) and _has_kernel(right):
             made = torch._grouped_mm(left.t(), right, offs=groups.ends)
-            return made if before is None else before.add_(made)
-        total = torch.zeros_like(self.weight) if before is None else before
-        for expert, rows in groups.slices():
-            if before is None:
-                torch.mm(left[rows].t(), right[rows], out=total[expert])
-            else:
-                total[expert].addmm_(left[rows].t(), right[rows])
+            return made if out is None else out.copy_(made)
+        total = _zeros_of(self.weight, groups) if out is None else out
+        for expert, rows in groups.slices() if len(x) else ():
+            torch.mm(left[rows].t(), right[rows], out=total[expert])
         return total
 
-    def bias_gradient(self, dy: Tensor, groups: Groups, before: Tensor | None = None) -> Tensor:
-        """Gradient of the biases (E, O), added in place to that of rows `before`."""
+    def bias_gradient(self, dy: Tensor, groups: Groups, out: Tensor | None = None) -> Tensor:
+        """Gradient of the biases of the experts of `groups` (E, O); `out` as in `weight_gradient`."""
         assert self.bias is not None
-        total = torch.zeros_like(self.bias) if before is None else before
-        for expert, rows in groups.slices():
-            total[expert] += dy[rows].sum(0)
+        total = _zeros_of(self.bias, groups) if out is None else out
+        for expert, rows in groups.slices() if len(dy) else ():
+            total[expert] = dy[rows].sum(0)
         return total
+
+
+def _zeros_of(parameter: Tensor, groups: Groups) -> Tensor:
+    """Zeros as a parameter of so many experts."""
+    return torch.zeros_like(parameter[: len(groups.counts)])
 
 
 def _times(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:

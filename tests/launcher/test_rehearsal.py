@@ -9,6 +9,7 @@ import pytest
 
 from efflaunch.cluster.config import Device
 from efflaunch.errors import ConfigError
+from efflaunch.estimate.timing.expert_order import expert_order
 from efflaunch.launcher.config.compose import compose
 from efflaunch.launcher.config.conf_groups import conf_dir
 from efflaunch.launcher.config.ledger import plan
@@ -67,6 +68,17 @@ def test_axes_are_kept_two_of_each() -> None:
     _, mini, made = small("+experiment=llama70b_512k", *stages, "data.max_seq_len=128K", "memory=recompute")
     assert (mini.parallel.pipeline.stages, mini.parallel.pipeline.virtual, model_spec(mini.model).num_layers) == (2, 2, 4)
     assert "2 pipeline stages, interleaved" in made.same
+
+
+def test_chunks_of_rows_to_experts_are_rehearsed_where_the_plan_has_some() -> None:
+    words = ["+experiment=qwen3_30b_a3b_1M", "parallel.experts.ep=8"]
+    full, mini, made = small(*words)
+    assert full.parallel.experts.degree is None and not expert_order(plan(full).inputs).order.is_plain
+    assert mini.parallel.experts.degree == 2 and not expert_order(plan(mini).inputs).order.is_plain
+    assert any(line.startswith("rows to experts in chunks") for line in made.same)
+    assert any(line.startswith("the chosen order of rows to experts: forward ") for line in made.left_out)
+    _, mini, made = small(*words, "parallel.experts.degree=1")
+    assert mini.parallel.experts.degree == 1 and not any("rows to experts" in line for line in (*made.same, *made.left_out))
 
 
 def test_a_sequence_keeps_its_share_of_the_ranks() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from efflaunch.memory.executor import grouped
+from efflaunch.memory.executor.experts import WeightSums
 from efflaunch.memory.executor.grouped import GroupedProjection, Groups
 
 INPUTS, OUTPUTS = 5, 3
@@ -59,3 +61,46 @@ def test_groups_are_runs_of_rows_of_experts_that_have_some() -> None:
     assert groups.experts(5).tolist() == [0, 0, 2, 2, 2]
     assert groups.ends.tolist() == [2, 2, 5, 5] and groups.ends.dtype == torch.int32
     assert not list(Groups(torch.zeros(3, dtype=torch.int64)).slices())
+
+
+def test_without_rows_gradients_are_zero_and_the_kernel_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: object, **named: object) -> Tensor:
+        raise AssertionError("the kernel was asked for no rows")
+
+    monkeypatch.setattr(grouped, "_has_kernel", lambda x: True)
+    monkeypatch.setattr(torch, "_grouped_mm", refuses)
+    projection, groups = GroupedProjection(torch.ones(2, OUTPUTS, INPUTS)), Groups(torch.tensor([0, 0]))
+    made = projection.weight_gradient(torch.empty(0, INPUTS), torch.empty(0, OUTPUTS), groups)
+    assert torch.equal(made, torch.zeros(2, OUTPUTS, INPUTS))
+
+
+def summed(x: Tensor, dy: Tensor, counts: list[list[int]], *, cut: bool, experts: list[slice]) -> list[Tensor]:
+    """Gradients of two experts' weights and biases, bfloat16, from chunks with so many rows of each."""
+    weight, bias = (torch.zeros(2, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((OUTPUTS, INPUTS), (OUTPUTS,)))
+    sums, start = WeightSums(GroupedProjection(weight, bias), cut=cut), 0
+    for each, part in zip(counts, experts, strict=True):
+        rows = slice(start, start + sum(each))
+        sums.add(x[rows], dy[rows], Groups(torch.tensor(each)), part)
+        start = rows.stop
+    found = [part for part in sums.take() if part is not None]
+    assert len(found) == 2 and all(part.dtype == torch.bfloat16 for part in found)
+    return found
+
+
+def test_pieces_of_an_expert_in_bfloat16_are_rounded_once() -> None:
+    """Sixteen pieces, each exact in bfloat16, and their sum is not: what comes out is the sum in float64, rounded once."""
+    # Multiples of 1/4 up to 1, and a first piece that is larger.
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randint(-4, 5, (64, size), generator=generator).div(4).bfloat16() for size in (INPUTS, OUTPUTS))
+    x[:4] *= 64
+    weight, bias = summed(x, dy, [[4, 0]] * 16, cut=True, experts=[slice(0, 1)] * 16)
+    assert torch.equal(weight[0], (dy.double().t() @ x.double()).bfloat16()) and torch.equal(bias[0], dy.double().sum(0).bfloat16())
+    assert not weight[1].any() and not bias[1].any()
+
+
+def test_chunks_of_whole_experts_come_to_what_one_call_comes_to() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(5, size, generator=generator).bfloat16() for size in (INPUTS, OUTPUTS))
+    at_once = summed(x, dy, [[3, 2]], cut=False, experts=[slice(0, 2)])
+    one_by_one = summed(x, dy, [[3, 0], [0, 2]], cut=False, experts=[slice(0, 1), slice(1, 2)])
+    assert all(torch.equal(*pair) for pair in zip(at_once, one_by_one, strict=True))

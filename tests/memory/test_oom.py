@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from efflaunch.errors import EXIT_USER
-from efflaunch.estimate.oom_report import Numbers, host_report, oom_report, requested_bytes, usable_bytes
+from efflaunch.estimate.footprint.term import Phase
+from efflaunch.estimate.oom_report import Numbers, _phases, host_report, oom_report, requested_bytes, usable_bytes
 from efflaunch.memory.config import MemoryConfig
 from efflaunch.memory.position import Position
 
@@ -64,6 +65,10 @@ def test_the_largest_unplanned_thing_is_named(changes, name):
     text = str(error)
     assert error.exit_code == EXIT_USER and "out of memory on rank 3, step 7, backward of layer 31" in text
     assert f"largest that was not planned: {name}" in text and "by the ledger:" in text and "reserved" in text
+
+
+def test_weight_gradients_that_were_put_off_are_planned_as_the_end_of_backward():
+    assert _phases(at("weight gradients", 3)) == (Phase.REDUCE,)
 
 
 @pytest.mark.parametrize("name", LEDGERS)

@@ -185,8 +185,8 @@ def run_plans(case, weights, documents, targets, plans, steps=0):
             parameter.requires_grad_(is_trained(case, name))
     for name, buffer in persistent_buffers(model).items():
         buffer.copy_(torch.from_numpy(weights[name]))
-    if "order" in case:
-        use_expert_order(model, case["order"])
+    if "expert_order" in case:
+        use_expert_order(model, case["expert_order"])
     source, results = ListSource(documents, targets), []
     for plan in plans:
         loss = _gradients(model, topology, source, plan, case)

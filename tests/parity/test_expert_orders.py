@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from efflaunch.estimate.timing.expert_order import _choose
 from efflaunch.parallel.experts.layer_order import LayerOrder, in_order
 from efflaunch.parallel.sequence.plan import StepPlan
 from efflaunch.tests.parity.test_parity import ADAPTIVE, ALL, batch, check_parity, plan_of, static
@@ -23,7 +24,7 @@ def order(forward: int, backward: int, *, defers: bool = False) -> LayerOrder:
 
 ROWS: dict[str, tuple[dict[str, Any], StepPlan]] = {
     f"{family}, EP {ep}, {forward} and {backward} chunks{', deferred' * defers}, {policy}, {what}": (
-        {"family": family, "ep": ep, "order": order(forward, backward, defers=defers), "policy": policy, **case},
+        {"family": family, "ep": ep, "expert_order": order(forward, backward, defers=defers), "policy": policy, **case},
         plan,
     )
     for family, ep, forward, backward, defers, policy, what, plan, case in (
@@ -51,3 +52,11 @@ def pool() -> Iterator[RankPool]:
 def test_gradients_do_not_depend_on_the_order_of_chunks(pool: RankPool, row: str) -> None:
     case, plan = ROWS[row]
     check_parity(pool, case, [plan])
+
+
+def test_gradients_are_the_same_in_an_order_that_the_solver_gives(pool: RankPool) -> None:
+    """Exchanges longer than products: the first chunk's weight gradients are made before the second chunk's rows are worked on."""
+    solved = _choose(0.1, 0.05, False, False, False, (1, 2, 4)).order
+    assert solved.backward.defers_weights and solved.backward != in_order(solved.backward.degree, defers_weights=True)
+    case = {"family": "qwen3_moe", "ep": 2, "expert_order": solved, "policy": "recompute"}
+    check_parity(pool, case, [plan_of(2, batch((0, 2, 2, ALL[:2])), batch((1, 1, 1, ALL[2:])))])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from efflaunch.parallel.pipeline.config import PipelineOrder
-from efflaunch.tests.parity.test_parity import ALL, batch, check_parity, plan_of, static
+from efflaunch.tests.parity.ranks_side import run_plans
+from efflaunch.tests.parity.test_parity import ALL, LENGTHS, batch, check_parity, make_documents, plan_of, reference, rms, static
 from efflaunch.tests.ranks import RankPool
 
 
@@ -109,3 +111,19 @@ ROWS = {
 def test_gradients_equal_plain_hugging_face(pool: RankPool, row: str) -> None:
     case, plan = ROWS[row]
     check_parity(pool, case, [plan])
+
+
+def test_zero_bubble_in_bfloat16_is_as_close_to_the_truth_as_1f1b(pool: RankPool) -> None:
+    """Weight gradients of five unequal micro-batches that wait for passes of their own add up in float32 as those made at once do."""
+    documents, targets = make_documents(LENGTHS)
+    weights, loss, exact, _ = reference("llama", "float64", LENGTHS, False, 0.0, 0)
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    errors = []
+    for order in (PipelineOrder.ONE_F_ONE_B, ZERO):
+        case = {"family": "llama", "dtype": "bfloat16", "policy": "recompute", "stages": 2, "order": order}
+        ((got_loss, ours),) = pool.run(run_plans, case, weights, documents, targets, [EACH], 0, ranks=2)[0][0]
+        assert abs(got_loss - loss) < 1e-2 * loss
+        assert all(gradient.dtype == np.float32 for gradient in ours.values())
+        errors.append(rms(ours, exact))
+    plain, zero_bubble = errors
+    assert zero_bubble <= 1.1 * plain

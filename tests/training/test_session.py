@@ -62,6 +62,38 @@ def test_evaluations_and_probes_have_the_sessions_kernel(build: Any, monkeypatch
         build(compose(["+experiment=llama8b_1M", *SOFTCAP]), torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize(
+    ("module", "build"), [(alone, lambda config, device: alone._build(config, device, None, print)), (probe, probe.Prober.of)]
+)
+def test_evaluations_and_probes_take_the_plans_order_of_experts(module: Any, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built is of no matter: the order is taken at once behind it."""
+
+    class Taken(Exception):
+        pass
+
+    def takes(*given: object) -> None:
+        raise Taken(*given)
+
+    inputs = SimpleNamespace(policy=None)
+    topology = SimpleNamespace(mesh=None, experts=None)
+    stand_ins: dict[str, Any] = {
+        "rank_kernel": lambda *given: (None, None),
+        "make_groups": lambda *given, **named: topology,
+        "agreed_ledger": lambda *given: SimpleNamespace(inputs=inputs, on_host=None),
+        "check_update_memory": lambda *given: None,
+        "host_store": lambda *given: None,
+        "stage_place": lambda *given: None,
+        "builder_of": lambda config: lambda *given, **named: SimpleNamespace(model="the model"),
+        "take_planned_order": takes,
+    }
+    for name, stand_in in stand_ins.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, stand_in)
+    with pytest.raises(Taken) as taken:
+        build(compose(["+experiment=quickstart"]), torch.device("cpu"))
+    assert taken.value.args == ("the model", inputs, topology)
+
+
 def test_a_rank_has_the_kernel_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN has neither windows nor heads of 256, and what is asked for is what is taken."""
     monkeypatch.setattr(kernels, "installed_on", lambda device: Installed({}, (9, 0)))

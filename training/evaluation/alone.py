@@ -30,6 +30,7 @@ from ...parallel.sharding.engine import FSDP2
 from ...parallel.topology import Topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
+from ..agreed_order import take_planned_order
 from ..engines import builder_of
 from ..make_groups import make_groups
 from ..optimizers.build import Trained
@@ -121,6 +122,7 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)
     policy, mesh = ledger.inputs.policy, topology.experts
     trained = build(config, policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=mesh, place=place)
+    take_planned_order(trained.model, ledger.inputs, topology)
     if checkpoint is not None:
         load_checkpoint(trained, Path(checkpoint), topology)
     request = PlanRequest(

@@ -48,6 +48,7 @@ from ...parallel.sharding.engine import FSDP2
 from ...parallel.topology import Topology
 from ...utils.heartbeat import Heartbeat
 from ..agreed_ledger import agreed_ledger
+from ..agreed_order import take_planned_order
 from ..engines import builder_of
 from ..make_groups import make_groups
 from ..micro_batches import EMPTY, MicroBatchWork, read_step
@@ -169,6 +170,7 @@ class Prober:
         store = host_store(ledger, device)
         build, policy = builder_of(config), ledger.inputs.policy
         trained = build(config, policy, topology.mesh, device, store, load=False, expert_mesh=topology.experts)
+        take_planned_order(trained.model, ledger.inputs, topology)
         return cls(config, Built(device, topology, ledger, trained.model, trained.updater, kernel))
 
     def profile(self, seconds: float) -> Profile:
