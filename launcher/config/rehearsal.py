@@ -243,7 +243,9 @@ def _left_out(config: Config) -> list[str]:
     found += ["checkpoint.mirror: not written to"] * (config.checkpoint.mirror is not None)
     found += ["memory.offload_dir: host memory stands for it"] * (config.memory.offload_dir is not None)
     found += [f"train.stages: {len(config.train.stages)}, here one of the longest sequences"] * bool(config.train.stages)
-    found += ["evaluation on eval.corpora"] * bool(config.eval.corpora)
+    if config.eval.is_on:
+        on = ["eval.corpora"] * bool(config.eval.corpora) + ["eval.needles"] * bool(config.eval.needles.lengths)
+        found.append(f"evaluation on {' and '.join(on)}")
     found += ["adapter.init: adapters start anew"] * (config.adapter.init is not None)
     found += ["parallel.shard: weights are sharded over all ranks"] * (config.parallel.shard is not None)
     return found
