@@ -129,6 +129,7 @@ def test_in_stages_it_is_what_one_stage_says(plain: Path, tmp_path: Path) -> Non
     assert [info.is_pinned for info in list_checkpoints(tmp_path / "runs" / "run") if info.step == 2] == [True]
 
 
+@pytest.mark.slow
 def test_adapters_are_judged_with_the_weights_beside_them(plain: Path, tmp_path: Path) -> None:
     """Their checkpoint holds no others: those of the model's directory are read; adapters of another model are refused."""
     copy_corpora(plain, tmp_path)

@@ -206,6 +206,9 @@ def _rest(config: Config) -> list[str]:
     words += ["checkpoint.mirror=null", "checkpoint.pool_bytes=null", "optim.warmup_steps=null", "optim.schedule_on_resume=stretch"]
     words.append("optim.decay_steps=" + ("1" if config.optim.schedule == "wsd" else "null"))
     words += ["eval=none", "train.keep_best=null", "train.patience=null"]
+    if config.eval.is_on:
+        # What was typed stays behind another group, and lengths may be beyond the miniature's.
+        words += ["eval.needles.lengths=[]", "eval.lengths=[]", "eval.every_steps=null", "eval.at_start=false"]
     if config.adapter.method is not AdapterMethod.NONE:
         words += [f"adapter.rank={min(config.adapter.rank, _MOST_RANK)}", "adapter.init=null"]
     return words
