@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from efflaunch.checkpoint.files import list_checkpoints
 from efflaunch.launcher.rundir.metrics_reader import MetricsFollower
@@ -127,6 +127,25 @@ def test_in_stages_it_is_what_one_stage_says(plain: Path, tmp_path: Path) -> Non
         assert in_stages[key] == wanted[key]
     assert whole["loss"] == pytest.approx(in_stages["loss"], rel=1e-6) and whole["targets"] == in_stages["targets"]
     assert [info.is_pinned for info in list_checkpoints(tmp_path / "runs" / "run") if info.step == 2] == [True]
+
+
+@pytest.mark.slow
+def test_adapters_are_judged_with_the_weights_beside_them(plain: Path, tmp_path: Path) -> None:
+    """Their checkpoint holds no others: those of the model's directory are read; adapters of another model are refused."""
+    copy_corpora(plain, tmp_path)
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    for name in ("model", "other"):
+        # Far from what an initialisation makes: random weights would be seen.
+        made = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=97, initializer_range=0.3, **fields))
+        made.save_pretrained(tmp_path / name)
+    words = [word for word in BASE if not word.startswith("model")]
+    own = ("model=pretrained", "model.path=model", "adapter=lora", "adapter.rank=2", "parallel.sequence=static")
+    finish(start(tmp_path, "train", *words, *own, "train.steps=2", "eval.corpora={held: held}"), tmp_path)
+    (wanted,) = events(tmp_path, "eval")
+    (found,) = printed_json(run(tmp_path, "evaluate", "runs/run", "--json"))["corpora"]
+    assert found["loss"] == wanted["loss"] and found["positions"] == wanted["positions"]
+    assert "trained beside other weights" in run(tmp_path, "evaluate", "runs/run", f"model.path={tmp_path / 'other'}", expect=93)
 
 
 def plain_loss(model_dir: Path, prefix: Path) -> float:

@@ -187,6 +187,7 @@ class _Run:
             report=self.metrics.write,
             pulse=pulse,
             expected_s=self.pace.expected_s,
+            timeout=self.timeout,
             saved=extra.get("evaluation"),
         )
         self._write_start(restored)

@@ -89,7 +89,7 @@ def _check_corpora(config: Config, place: Path) -> None:
     """Refuse here what the ranks would refuse."""
     from ...model.spec import model_spec
     from ...training.evaluation.corpus import open_corpora
-    from ...training.evaluation.needles import check_needles
+    from ...training.evaluation.needles import check_needles, needle_tokenizer
 
     if not config.eval.is_on:
         hint = typed("evaluate", place, "eval.corpora={web: PREFIX}")
@@ -100,7 +100,7 @@ def _check_corpora(config: Config, place: Path) -> None:
         vocab_size=model_spec(config.model).vocab_size,
         tokenizer=config.data.tokenizer,
     )
-    check_needles(config.eval, config.data.tokenizer, model_spec(config.model).vocab_size)
+    check_needles(config.eval, needle_tokenizer(config.eval, config.data), model_spec(config.model).vocab_size)
 
 
 def _evaluate(config: Config, name: str, request: dict[str, Any], as_json: bool) -> int:

@@ -220,6 +220,9 @@ def _rest(config: Config) -> list[str]:
     words += ["checkpoint.mirror=null", "checkpoint.pool_bytes=null", "optim.warmup_steps=null", "optim.schedule_on_resume=stretch"]
     words.append("optim.decay_steps=" + ("1" if config.optim.schedule == "wsd" else "null"))
     words += ["eval=none", "train.keep_best=null", "train.patience=null"]
+    if config.eval.is_on:
+        # What was typed stays behind another group, and lengths may be beyond the miniature's.
+        words += ["eval.needles.lengths=[]", "eval.lengths=[]", "eval.every_steps=null", "eval.at_start=false"]
     if config.adapter.method is not AdapterMethod.NONE:
         words += [f"adapter.rank={min(config.adapter.rank, _MOST_RANK)}", "adapter.init=null"]
     return words
@@ -260,7 +263,9 @@ def _left_out(config: Config, order: LayerOrder | None) -> list[str]:
     found += ["checkpoint.mirror: not written to"] * (config.checkpoint.mirror is not None)
     found += ["memory.offload_dir: host memory stands for it"] * (config.memory.offload_dir is not None)
     found += [f"train.stages: {len(config.train.stages)}, here one of the longest sequences"] * bool(config.train.stages)
-    found += ["evaluation on eval.corpora"] * bool(config.eval.corpora)
+    if config.eval.is_on:
+        on = ["eval.corpora"] * bool(config.eval.corpora) + ["eval.needles"] * bool(config.eval.needles.lengths)
+        found.append(f"evaluation on {' and '.join(on)}")
     found += ["adapter.init: adapters start anew"] * (config.adapter.init is not None)
     found += ["parallel.shard: weights are sharded over all ranks"] * (config.parallel.shard is not None)
     return found

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
+from ...training.evaluation.config import is_better_higher
 from ...units import format_tokens
 from ..rundir.metrics_reader import Event
 from .facts import RunFacts
@@ -76,7 +77,7 @@ def draw_loss(axes: Axes, facts: RunFacts) -> bool:
         points = [(int(event["step"]), event["loss"]) for event in events if event.get("loss") is not None]
         axes.plot([step for step, _ in points], [loss for _, loss in points], "o-", color=colour, markersize=4, label=corpus)
     best = facts.progress.best
-    if best is not None and best.get("value") is not None and not str(best["metric"]).endswith("gain"):
+    if best is not None and best.get("value") is not None and not is_better_higher(str(best["metric"])):
         axes.plot([best["step"]], [best["value"]], "*", color="#facc15", markeredgecolor="#1f2937", markersize=12, label="best, pinned")
     _label(axes, "step", "loss per target token")
     return bool(steps or facts.evaluations)
@@ -102,6 +103,8 @@ def draw_lengths(axes: Axes, facts: RunFacts) -> bool:
     """The same targets at each of eval.lengths, of each corpus's last evaluation."""
     drawn = False
     for colour, (corpus, events) in zip(_colours(), _by_corpus(facts).items(), strict=False):
+        if events[-1].get("needles"):
+            continue  # their texts differ from length to length
         rows = [row for row in events[-1].get("lengths") or () if row.get("loss") is not None]
         if rows:
             axes.plot([row["length"] for row in rows], [row["loss"] for row in rows], "o-", color=colour, label=corpus)

@@ -29,10 +29,23 @@ def row_norms(weight: Tensor, factors: Factors | None = None) -> Tensor:
     return squares.clamp_min_(0).sqrt_()
 
 
+class _Lengths(NamedTuple):
+    """Of each row (M,): its norm, and the c of the note; float32 at least."""
+
+    norms: Tensor
+    of_rows: Tensor
+
+
+def _lengths(magnitude: Tensor, norms: Tensor) -> _Lengths:
+    """Norms are rounded as a magnitude that is gathered in bfloat16 was: at the start both are one number, and c is 1."""
+    rounded = norms.to(magnitude.dtype).to(norms.dtype)
+    return _Lengths(rounded, magnitude / rounded)
+
+
 def turned(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     """The values (x V^T) c + b of factors with a magnitude: (T, I) -> (T, M), nothing saved."""
     assert factors.magnitude is not None
-    out = product(x, weight, None, factors).mul_((factors.magnitude / row_norms(weight, factors)).to(x.dtype))
+    out = product(x, weight, None, factors).mul_(_lengths(factors.magnitude, row_norms(weight, factors)).of_rows)
     return out if bias is None else out.add_(bias)
 
 
@@ -60,11 +73,12 @@ def turned_backward(x: Tensor, weight: Tensor, factors: Factors, dy: Tensor, nee
     """Gradients through `turned` for that of its values dy (T, M)."""
     a, b, scaling, magnitude = factors
     assert magnitude is not None
-    norms, d_magnitude = row_norms(weight, factors), None
+    lengths, d_magnitude = _lengths(magnitude, row_norms(weight, factors)), None
     if needs.magnitude:
-        sums = product(x, weight, None, factors).mul_(dy).sum(0, dtype=norms.dtype)
-        d_magnitude = (sums / norms).to(magnitude.dtype)
-    scaled = dy * (magnitude / norms).to(dy.dtype)
+        sums = product(x, weight, None, factors).mul_(dy).sum(0, dtype=lengths.norms.dtype)
+        d_magnitude = (sums / lengths.norms).to(magnitude.dtype)
+    # Rounded once, as the product's values are; no wide copy of dy is kept.
+    scaled = torch.mul(dy, lengths.of_rows, out=torch.empty_like(dy))
     inner = scaled @ b
     return TurnedGradients(
         x=(scaled @ weight).addmm_(inner, a, alpha=scaling) if needs.x else None,

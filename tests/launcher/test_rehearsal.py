@@ -114,6 +114,8 @@ def test_schedules_of_every_shape_and_a_device_that_was_typed(tmp_path: Path) ->
 
 
 def test_what_stays_behind_is_said(tmp_path: Path) -> None:
+    _, mini, made = small(FULL, "eval.needles.lengths=[8K]", "eval.every_steps=5")
+    assert made.left_out[-1] == "evaluation on eval.needles" and not mini.eval.is_on
     words = [FULL, "launcher=slurm", f"checkpoint.mirror={tmp_path}", "train.objective=dpo", "data.prefixes=[a,b]", "logging.wandb=online"]
     _, mini, made = small(*words)
     said = "\n".join(made.left_out)

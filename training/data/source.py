@@ -263,6 +263,11 @@ def _located(config: DataConfig) -> tuple[list[str], str | None]:
     return [made.prefix], config.tokenizer or made.tokenizer
 
 
+def tokenizer_of(config: DataConfig) -> str | None:
+    """The tokenizer that training takes: data.tokenizer, or a built-in corpus's own, which is made where need be."""
+    return config.tokenizer if config.tokenizer is not None or config.builtin is None else _located(config)[1]
+
+
 def check_kinds(corpora: list[IndexedCorpus], objective: Objective) -> None:
     """Raise DataError for a corpus whose documents are not what the objective is about."""
     for corpus in corpora:

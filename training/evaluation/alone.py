@@ -18,8 +18,10 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ...checkpoint import state
+from ...checkpoint.files import read_state
 from ...checkpoint.reader import DamageError, Reader
 from ...errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError
+from ...model.adapters.base import check_same_base
 from ...model.build import position_of
 from ...model.spec import active_layer_parameters, model_spec
 from ...parallel.config import SequenceMode
@@ -36,13 +38,13 @@ from ..make_groups import make_groups
 from ..optimizers.build import Trained
 from ..reporting.metrics import Metrics
 from ..run_settings import RunSettings, Stop
-from ..session import joined_ranks, plain_config, rank_kernel, stage_place, step_setup
+from ..session import agreed_adapter, joined_ranks, plain_config, rank_kernel, stage_place, step_setup
 from ..step_planner import resolve_costs
 from ..step_setup import StepSetup
 from .config import NEEDLES
 from .corpus import open_corpora
 from .measure import Evaluator, Plan
-from .needles import make_needles
+from .needles import make_needles, needle_tokenizer
 
 REQUEST_FILE = "evaluate.json"
 PRELOAD = FSDP2.preload
@@ -69,7 +71,7 @@ def evaluate(config: RunSettings, run_dir: Path, stop: Stop, pulse: Heartbeat) -
             config.eval, max_seq_len=config.data.max_seq_len, vocab_size=spec.vocab_size, tokenizer=config.data.tokenizer
         )
         pulse.at("making needles")
-        needles = make_needles(config.eval, config.data.tokenizer, spec.vocab_size)
+        needles = make_needles(config.eval, needle_tokenizer(config.eval, config.data), spec.vocab_size)
         pulse.at("building the model")
         built, plan = _build(config, device, request["checkpoint"], pulse.at)
         position_of(built.model).listener = pulse.at
@@ -118,8 +120,11 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     layout = solve_layout(parallel, config.cluster, spec, max_seq_len=data.max_seq_len, global_batch_tokens=data.global_batch_tokens)
     kernel, _ = rank_kernel(config, layout, device)
     topology = make_groups(config, layout, device)
+    if checkpoint is not None:
+        check_base(config, Path(checkpoint), agreed_adapter(config, topology))
     ledger = agreed_ledger(config, device)
-    build, load, place = builder_of(config), checkpoint is None, stage_place(topology, ledger)
+    # A checkpoint of adapters leaves out the frozen weights beside them.
+    build, load, place = builder_of(config), checkpoint is None or config.adapter.is_trained, stage_place(topology, ledger)
     policy, mesh = ledger.inputs.policy, topology.experts
     trained = build(config, policy, topology.mesh, device, None, load=load, on_progress=beat, expert_mesh=mesh, place=place)
     take_planned_order(trained.model, ledger.inputs, topology)
@@ -138,6 +143,15 @@ def _build(config: RunSettings, device: torch.device, checkpoint: str | None, be
     return Built(device, topology, trained.model, step_setup(trained.model, topology, ledger.inputs, device, kernel)), plan
 
 
+def check_base(config: RunSettings, path: Path, adapter: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError where the checkpoint's adapters are of other frozen weights than `adapter` says, as a resume does."""
+    try:
+        contents = read_state(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    check_same_base(contents["metadata"].get("adapter"), adapter, config.model, int(contents["step"]))
+
+
 def load_checkpoint(trained: Trained, path: Path, topology: Topology) -> None:
     """Fill the weights from the checkpoint in `path`, each rank its part; CheckpointError where it is damaged or another model's.
 
@@ -152,12 +166,16 @@ def load_checkpoint(trained: Trained, path: Path, topology: Topology) -> None:
         if not differing:
             reader.read(weights, own.pieces)
     except (DamageError, OSError, ValueError, KeyError) as error:
-        hint = "efflaunch checkpoints RUN_DIR --verify finds a whole one; --step takes it"
-        raise CheckpointError(str(path), found=str(error), expected="a whole checkpoint", hint=hint) from error
+        raise _damaged(path, error) from error
     if differing:
         found = "another model's weights:\n    " + "\n    ".join(differing[:5])
         raise CheckpointError(str(path), found=found, expected="the weights of the configured model", hint="model settings as the run's")
     trained.updater.weights_changed()
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    hint = "efflaunch checkpoints RUN_DIR --verify finds a whole one; --step takes it"
+    return CheckpointError(str(path), found=str(error), expected="a whole checkpoint", hint=hint)
 
 
 def _other_stages(weights: Mapping[str, torch.Tensor], topology: Topology) -> set[str]:

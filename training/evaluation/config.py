@@ -71,6 +71,12 @@ def check_eval(config: EvalConfig, *, max_seq_len: int, max_positions: int, long
     if not config.is_on and (config.every_steps is not None or config.at_start or config.lengths):
         asked = "every_steps" if config.every_steps is not None else "at_start" if config.at_start else "lengths"
         raise ConfigError(f"eval.{asked}", found="it, and no corpora", expected="corpora to evaluate on", hint="eval.corpora={web: PREFIX}")
+    if config.is_on and not config.corpora:
+        own = {"lengths": config.lengths, "max_tokens": config.max_tokens, "context_tokens": config.context_tokens}
+        for key, value in own.items():
+            if value != getattr(EvalConfig(), key):
+                expected = "corpora, which it is of: eval.needles has its own lengths"
+                raise ConfigError(f"eval.{key}", found="it, and no corpora", expected=expected, hint="eval.corpora={web: PREFIX}")
     for key, lengths in (("eval.lengths", config.lengths), ("eval.needles.lengths", config.needles.lengths)):
         for length in lengths:
             _check_length(key, length, max_seq_len, max_positions, longer)
@@ -138,7 +144,7 @@ def check_keep_best(metric: str | None, patience: int | None, config: EvalConfig
         return
     names = metric_names(config, max_seq_len)
     if metric not in names:
-        there = ", ".join(names) or "none: eval.corpora is empty"
+        there = ", ".join(names) or "none: eval.corpora and eval.needles.lengths are empty"
         hint = f"train.keep_best={names[0]}" if names else "eval.corpora={web: PREFIX} eval.every_steps=100"
         raise ConfigError("train.keep_best", found=metric, expected=f"a metric of this run's evaluations ({there})", hint=hint)
     if config.every_steps is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from ...checkpoint.files import step_path
 from ...model.build import position_of
+from ...parallel.sequence.plan import StepPlan
+from ...parallel.timeouts import CollectiveTimeout
 from ...utils.heartbeat import Heartbeat
 from ..run_settings import RunSettings, Stop
 from ..session import Session
@@ -40,12 +42,13 @@ class RunEvaluation:
         *,
         report: Callable[..., None],
         pulse: Heartbeat,
-        expected_s: Callable[[], float],
+        expected_s: Callable[[float | None], float],
+        timeout: CollectiveTimeout,
         saved: Mapping[str, Any] | None,
     ) -> None:
-        """`saved`: the `state` of the checkpoint that was restored. `expected_s`: what a training step takes, at most a step of these."""
+        """`saved`: the `state` of the checkpoint that was restored. `expected_s`: of a step, from what its plan predicts, as training's."""
         self._eval, self._train, self._session, self._report, self._pulse = config.eval, config.train, session, report, pulse
-        self._expected_s = expected_s
+        self._expected_s, self._timeout, self._plan = expected_s, timeout, plan
         self._corpora: list[EvalCorpus] = []
         if config.eval.is_on:
             self._corpora = open_corpora(
@@ -56,7 +59,7 @@ class RunEvaluation:
             self._needles = make_needles(config.eval, session.source.tokenizer, session.spec.vocab_size)
         self._evaluator = Evaluator(
             session,
-            plan,
+            self._planned,
             batch_tokens=config.data.global_batch_tokens,
             vocab_size=session.spec.vocab_size,
             context_tokens=config.eval.context_tokens,
@@ -129,7 +132,7 @@ class RunEvaluation:
 
     def _evaluate(self, done: int, stop: Stop) -> bool:
         """All corpora; True where a stop was asked for before the end."""
-        self._pulse.begin_step(done, expected_s=self._expected_s(), is_long=self._is_first)
+        self._pulse.begin_step(done, expected_s=self._expected_s(None), is_long=self._is_first)
         self._is_first = False
         position_of(self._session.model).at("evaluating")
         metrics: dict[str, float | None] = {}
@@ -154,6 +157,14 @@ class RunEvaluation:
                 facts = {"metric": self._best.metric, "best": self._best.value, "best_step": self._best.step}
                 self._report("early_stop", step=done, **facts, evaluations=self._best.worse)
         return False
+
+    def _planned(self, lengths: Sequence[int]) -> StepPlan:
+        """The plan of a step, which may be larger than training's in an early one of train.stages."""
+        plan = self._plan(lengths)
+        expected_s = self._expected_s(plan.predicted_s)
+        self._pulse.expect(expected_s)
+        self._timeout.expect(expected_s)
+        return plan
 
     def _any_rank(self, flag: bool) -> bool:
         flags = torch.tensor(int(flag), device=self._session.device)

@@ -25,7 +25,7 @@ class NeedleTask(Enum):
 KEYS, VALUES, NAMES = 4, 4, 4
 """Keys of many_keys, values of many_values, names of variables."""
 _PLACES = ("harbour", "mill", "tower", "garden", "library", "bridge", "market", "station", "orchard", "lighthouse", "quarry", "chapel")
-_FILL = (
+FILL = (
     "Rain fell on the roofs until the evening.",
     "A cart went slowly down the lane.",
     "The baker put the bread on the shelf.",
@@ -71,7 +71,7 @@ def needle_text(task: NeedleTask, sentences: int, depth: float, *seed: object) -
     draw = Draw(task.value, *seed)
     at = round(depth * sentences)
     placed, ask, answer = _TASKS[task](draw, at, sentences)
-    lines = [draw.some(_FILL, 1)[0] for _ in range(sentences)]
+    lines = [draw.some(FILL, 1)[0] for _ in range(sentences)]
     parts: list[str] = []
     for place in range(sentences + 1):
         parts += [needle for where, needle in placed if where == place]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...units import format_tokens
+from ..data.config import DataConfig
 from ..data.indexed import IndexedCorpus, Kind
 from .config import NEEDLES, EvalConfig, length_name
 from .corpus import WindowSource
-from .needle_texts import NeedleTask, NeedleText, needle_text
+from .needle_config import NeedleConfig
+from .needle_texts import FILL, NeedleTask, NeedleText, needle_text
 from .windows import Windows
 
 _MEASURED, _NEARLY = 64, 0.99
@@ -57,68 +61,142 @@ class NeedleSet:
         return WindowSource(self.corpus, windows, batch_tokens, vocab_size)
 
 
-def make_needles(config: EvalConfig, tokenizer: str | None, vocab_size: int) -> NeedleSet | None:
-    """The texts of eval.needles as tokens; None without any. ConfigError where there is no tokenizer, or no room for the needles."""
-    own = config.needles
-    if not own.lengths:
-        return None
-    if tokenizer is None:
-        raise ConfigError(
-            "eval.needles", found="no tokenizer", expected="the one the texts are to be made with", hint="data.tokenizer=DIRECTORY"
-        )
-    from ..data.tokenizer import load_tokenizer
+class Writer:
+    """Makes texts into tokens with a tokenizer that is known to have every character of them."""
 
-    backend = load_tokenizer(tokenizer).backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
+    def __init__(self, tokenizer: str | None) -> None:
+        """ConfigError for none, or for one that cannot write the sentences around needles."""
+        if tokenizer is None:
+            raise ConfigError(
+                "eval.needles", found="no tokenizer", expected="the one the texts are to be made with", hint="data.tokenizer=DIRECTORY"
+            )
+        from ..data.tokenizer import load_tokenizer
+
+        self.name, self._backend = tokenizer, load_tokenizer(tokenizer).backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._unknown = _unknown_ids(self._backend)
+        self.check(" ".join(FILL))
+
+    def tokens(self, text: NeedleText) -> tuple[np.ndarray, int]:
+        """Ids (int64) up to the answer's end, and the first one of the answer: the first with any of its characters."""
+        encoding = self._backend.encode(text.question + text.answer)
+        starts = len(text.question)
+        # Special tokens that are put around the text have no characters.
+        inside = [index for index, (_, stop) in enumerate(encoding.offsets) if stop > starts]
+        return np.array(encoding.ids[: inside[-1] + 1], dtype=np.int64), inside[0]
+
+    def least(self, task: NeedleTask, length: int, depth: float, seed: tuple[object, ...]) -> tuple[np.ndarray, int]:
+        """The `tokens` of a text with nothing around its needles; ConfigError where it cannot be written, or not in `length` tokens."""
+        text = needle_text(task, 0, depth, *seed)
+        self.check(text.question + text.answer)
+        ids, begin = self.tokens(text)
+        if len(ids) > length:
+            raise ConfigError(
+                "eval.needles.lengths",
+                found=format_tokens(length),
+                expected=f"room for the needles and the question of {task.value}: {len(ids)} tokens with this tokenizer",
+                hint=f"eval.needles.lengths=[{-(-len(ids) // 64) * 64}], or fewer eval.needles.tasks",
+            )
+        return ids, begin
+
+    def check(self, text: str) -> None:
+        """ConfigError that names what the tokenizer leaves out of the text, or has no token of its own for."""
+        lost = self._lost(text)
+        if lost:
+            raise ConfigError(
+                "eval.needles",
+                found=f"tokenizer {self.name}, which cannot write {', '.join(map(repr, lost[:5]))}{', ...' * (len(lost) > 5)}",
+                expected="tokens for every word, number and sign of English texts",
+                hint="data.tokenizer=DIRECTORY of the model's own tokenizer, or eval.needles.lengths=[]",
+            )
+
+    def _lost(self, text: str) -> list[str]:
+        """What of a text is lost: of a vocabulary of words those, else characters; [] where nothing is."""
+        if self._writes(text):
+            return []
+        words, characters = list(dict.fromkeys(text.split())), list(dict.fromkeys("".join(text.split())))
+        of_words = type(self._backend.model).__name__ == "WordLevel"
+        for parts in (words,) if of_words else (characters, words):
+            lost = [part for part in parts if not self._writes(part)]
+            if lost:
+                return lost
+        return [text]
+
+    def _writes(self, text: str) -> bool:
+        """Whether every character but spaces is of a known token."""
+        try:
+            encoding = self._backend.encode(text)
+        except Exception:  # the library's own class: a vocabulary of words without one for those it does not know
+            return False
+        # Where a model leaves characters out, those behind them move up: what is left over is at the end.
+        written = np.array([character.isspace() for character in text])
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            written[start:stop] |= token not in self._unknown
+        return bool(written.all())
+
+
+def _unknown_ids(backend: Any) -> set[int | None]:
+    """Ids of the token that stands for what a tokenizer does not know."""
+    if hasattr(backend.model, "unk_token"):
+        return {None if backend.model.unk_token is None else backend.token_to_id(backend.model.unk_token)}
+    return {json.loads(backend.to_str())["model"].get("unk_id")}
+
+
+def needle_tokenizer(config: EvalConfig, data: DataConfig) -> str | None:
+    """The tokenizer that texts are made with, where there are any: the one that training takes."""
+    from ..data.source import tokenizer_of
+
+    return tokenizer_of(data) if config.needles.lengths else None
+
+
+def make_needles(config: EvalConfig, tokenizer: str | None, vocab_size: int) -> NeedleSet | None:
+    """The texts of eval.needles as tokens; None without any. ConfigError where the tokenizer cannot write them, or not in their lengths."""
+    if not config.needles.lengths:
+        return None
+    writer = Writer(tokenizer)
     documents, cells, first = [], [], []
-    for length in sorted(set(own.lengths)):
-        for task in dict.fromkeys(own.tasks):
-            for depth in sorted(set(own.depths)):
-                for sample in range(own.samples):
-                    ids, begin = _fitted(backend, task, length, depth, (own.seed, length, depth, sample))
-                    documents.append(ids)
-                    cells.append(Cell(task, length, depth))
-                    first.append(begin - 1)
-    _check_ids(documents, tokenizer, vocab_size)
+    for cell, seed in _texts(config.needles):
+        ids, begin = _fitted(writer, cell.task, cell.length, cell.depth, seed)
+        documents.append(ids)
+        cells.append(cell)
+        first.append(begin - 1)
+    _check_ids(documents, writer.name, vocab_size)
     return NeedleSet(TextCorpus(NEEDLES, documents), tuple(cells), np.array(first, dtype=np.int64))
 
 
 def check_needles(config: EvalConfig, tokenizer: str | None, vocab_size: int) -> None:
-    """Raise what `make_needles` would, without making more than the shortest texts."""
+    """Raise what `make_needles` would, without making more than needles and questions, of the shortest lengths: longer ones have room."""
     own = config.needles
     if own.lengths:
-        make_needles(replace(config, needles=replace(own, lengths=[min(own.lengths)], samples=1)), tokenizer, vocab_size)
+        writer = Writer(tokenizer)
+        near = [length for length in own.lengths if length <= 2 * min(own.lengths)]
+        documents = [writer.least(cell.task, cell.length, cell.depth, seed)[0] for cell, seed in _texts(replace(own, lengths=near))]
+        around = writer.tokens(NeedleText(" ".join(FILL), "."))[0]
+        _check_ids([*documents, around], writer.name, vocab_size)
 
 
-def _fitted(backend: Any, task: NeedleTask, length: int, depth: float, seed: tuple[object, ...]) -> tuple[np.ndarray, int]:
+def _texts(config: NeedleConfig) -> Iterator[tuple[Cell, tuple[object, ...]]]:
+    """What each text is of, and its seed."""
+    for length in sorted(set(config.lengths)):
+        for task in dict.fromkeys(config.tasks):
+            for depth in sorted(set(config.depths)):
+                for sample in range(config.samples):
+                    yield Cell(task, length, depth), (config.seed, length, depth, sample)
+
+
+def _fitted(writer: Writer, task: NeedleTask, length: int, depth: float, seed: tuple[object, ...]) -> tuple[np.ndarray, int]:
     """A text of at most `length` tokens, and nearly so many, as ids, and where its answer begins."""
-    ids, begin = _tokens(backend, needle_text(task, 0, depth, *seed))
-    if len(ids) > length:
-        raise ConfigError(
-            "eval.needles.lengths",
-            found=format_tokens(length),
-            expected=f"room for the needles and the question of {task.value}: {len(ids)} tokens with this tokenizer",
-            hint=f"eval.needles.lengths=[{-(-len(ids) // 64) * 64}], or fewer eval.needles.tasks",
-        )
-    more, _ = _tokens(backend, needle_text(task, _MEASURED, depth, *seed))
+    ids, begin = writer.least(task, length, depth, seed)
+    more, _ = writer.tokens(needle_text(task, _MEASURED, depth, *seed))
     each = (len(more) - len(ids)) / _MEASURED
     count = int(_NEARLY * (length - len(ids)) / each)
     while count > 0:
-        longer, later = _tokens(backend, needle_text(task, count, depth, *seed))
+        longer, later = writer.tokens(needle_text(task, count, depth, *seed))
         if len(longer) <= length:
             return longer, later
         count -= max(1, round((len(longer) - length) / each))
     return ids, begin
-
-
-def _tokens(backend: Any, text: NeedleText) -> tuple[np.ndarray, int]:
-    """Ids (int64) up to the answer's end, and the first one of the answer: the first with any of its characters."""
-    encoding = backend.encode(text.question + text.answer)
-    starts = len(text.question)
-    # Special tokens that are put around the text have no characters.
-    inside = [index for index, (_, stop) in enumerate(encoding.offsets) if stop > starts]
-    return np.array(encoding.ids[: inside[-1] + 1], dtype=np.int64), inside[0]
 
 
 def _check_ids(documents: list[np.ndarray], tokenizer: str, vocab_size: int) -> None:

@@ -51,7 +51,7 @@ def needles(number: int, at: float) -> dict[str, Any]:
         {"task": "one_key", "length": length, "depth": depth, "samples": 4, "exact": exact, "log_prob": -1.0}
         for length, depth, exact in ((1024, 0.0, 1.0), (1024, 0.5, 0.75), (8192, 0.0, 0.5), (8192, 0.5, 0.25))
     ]
-    own = {"metrics": {"eval/needles/exact": 0.625}, "exact": 0.625, "needles": rows, "lengths": [], "positions": [], "context": None}
+    own = {"metrics": {"eval/needles/exact": 0.625}, "exact": 0.625, "needles": rows, "positions": [], "context": None}
     return evaluation(number, 2.0, at, "needles") | own
 
 

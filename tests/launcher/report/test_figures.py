@@ -6,6 +6,7 @@ import builtins
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,19 @@ def test_every_picture_is_whole_and_by_itself(tmp_path):
     heat = drawn["Needles by length and depth"]
     assert all(f">{text}<" in heat for text in ("100", "75", "50", "25", "50 %", "8K")) and "% of exact answers, step 6" in heat
     assert "certificate (resident, libraries in)" in drawn["Memory, predicted and measured"]
+
+
+def test_what_needles_say_is_not_drawn_as_a_loss(tmp_path):
+    """Their best share is no loss, and their texts of several lengths have no targets in common."""
+    run_dir = make_run(tmp_path, hidden=True)
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"metric": "eval/web/loss"', '"metric": "eval/needles/exact"'))
+    drawn = dict(pictures(read_facts(run_dir)))
+    assert "best, pinned" not in drawn["Loss"] and ">needles<" in drawn["Loss"]
+    facts = read_facts(run_dir)
+    alone = replace(facts, evaluations=tuple(event for event in facts.evaluations if event.get("needles")))
+    titles = [title for title, _ in pictures(alone)]
+    assert "Needles by length and depth" in titles and "The same targets with more context" not in titles
 
 
 def test_on_cpus_there_is_no_share_of_a_peak(tmp_path):

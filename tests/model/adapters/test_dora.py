@@ -52,6 +52,30 @@ def test_gradients_are_autograds_with_norms_as_constants() -> None:
             assert out.untyped_storage().nbytes() == 8, "no memory for values that nobody reads"
 
 
+def test_in_bfloat16_the_model_starts_as_it_was() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a = (torch.randn(shape, generator=generator).bfloat16() for shape in ((5, 48), (300, 48), (3, 48)))
+    b, wide = torch.zeros(300, 3, dtype=torch.bfloat16), row_norms(weight)
+    magnitude = wide.bfloat16()
+    of = [each.requires_grad_() for each in (x, weight, a, b, magnitude)]
+    out = DoraProduct.apply(of[0], of[1], None, *of[2:], 2.0, True)
+    assert magnitude.dtype is torch.bfloat16 and not torch.equal((magnitude / wide).bfloat16(), torch.ones(300).bfloat16())
+    assert torch.equal(out, x @ weight.T), "B is zero, and every magnitude its row's norm"
+    dy = torch.randn(5, 300, generator=generator).bfloat16()
+    d_x, d_magnitude = torch.autograd.grad(out, (of[0], of[4]), dy)
+    assert d_x.dtype is torch.bfloat16 and torch.equal(d_x, (dy @ weight).detach())
+    want = (out.float() * dy.float()).sum(0) / wide
+    torch.testing.assert_close(d_magnitude.float(), want.detach(), rtol=0.05, atol=0.02)
+
+
+def test_a_magnitude_that_changed_is_multiplied_wide() -> None:
+    """c is a share of two bfloat16 numbers: rounded once more it would be off by up to 1 / 512 of itself."""
+    x, weight = torch.full((1, 1), 1.0, dtype=torch.bfloat16), torch.full((1, 1), 3.0, dtype=torch.bfloat16)
+    none = torch.zeros(1, 1, dtype=torch.bfloat16)
+    out = DoraProduct.apply(x, weight, None, none, none, torch.full((1,), 3.015625, dtype=torch.bfloat16), 1.0, True)
+    assert float(out) == 3.015625
+
+
 def test_peft_computes_what_the_merged_model_does_and_what_was_written_is_read_again(tmp_path) -> None:
     model = started()
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad or "norm" in name}

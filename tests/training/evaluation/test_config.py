@@ -8,6 +8,7 @@ from efflaunch.errors import ConfigError
 from efflaunch.launcher.config.compose import compose
 
 ON = "eval.corpora={web: held/web}"
+NEEDLES = "eval.needles.lengths=[1K]"
 
 
 def refused(*overrides):
@@ -20,6 +21,7 @@ def test_what_is_right_is_taken():
     config = compose(["+experiment=quickstart", ON, "eval.lengths=[1K,8K]", "eval.every_steps=5", "train.keep_best=eval/web/loss_8K"])
     assert config.eval.lengths == [1024, 8192] and config.eval.corpora == {"web": "held/web"} and config.eval.is_on
     assert not compose(["+experiment=quickstart"]).eval.is_on
+    assert compose(["+experiment=quickstart", NEEDLES, "eval.every_steps=5", "eval.context_tokens=4K"]).eval.is_on
 
 
 @pytest.mark.parametrize(
@@ -28,12 +30,15 @@ def test_what_is_right_is_taken():
         (["eval.corpora={'a b': x}"], ["eval.corpora", "'a b'"]),
         (["eval.every_steps=5"], ["eval.every_steps", "no corpora"]),
         (["eval.lengths=[1K]"], ["eval.lengths", "no corpora"]),
+        ([NEEDLES, "eval.lengths=[1K]"], ["eval.lengths", "no corpora"]),
+        ([NEEDLES, "eval.max_tokens=1K"], ["eval.max_tokens", "no corpora"]),
+        ([NEEDLES, "eval.context_tokens=1K"], ["eval.context_tokens", "no corpora"]),
         ([ON, "eval.lengths=[16K]"], ["eval.lengths", "16K", "data.max_seq_len=8K"]),
         ([ON, "eval.lengths=[64K]"], ["eval.lengths", "64K", "32K positions", "model.max_positions="]),
         ([ON, "eval.lengths=[1]"], ["eval.lengths", "2 or more"]),
         ([ON, "eval.every_steps=0"], ["eval.every_steps"]),
         ([ON, "eval.every_steps=5", "train.keep_best=loss"], ["train.keep_best", "eval/web/loss, eval/web/context_gain"]),
-        (["train.keep_best=eval/web/loss"], ["train.keep_best", "none: eval.corpora is empty"]),
+        (["train.keep_best=eval/web/loss"], ["train.keep_best", "none: eval.corpora and eval.needles.lengths are empty"]),
         ([ON, "train.keep_best=eval/web/loss"], ["train.keep_best", "eval.every_steps=100"]),
         ([ON, "train.patience=3"], ["train.patience", "train.keep_best=METRIC"]),
         ([ON, "eval.every_steps=5", "train.keep_best=eval/web/loss", "train.patience=0"], ["train.patience"]),

@@ -50,12 +50,14 @@ def make(tmp_path, monkeypatch):
             model=None,
             device=None,
         )
-        events, pulse = [], Heartbeat()
+        events, waits, pulse = [], [], Heartbeat()
         evaluation = RunEvaluation(
-            config, session, lambda lengths: None, report=lambda event, **fields: events.append((event, fields)), pulse=pulse,
-            expected_s=lambda: 7.5, saved=saved,
+            config, session, lambda lengths: SimpleNamespace(predicted_s=sum(lengths)),
+            report=lambda event, **fields: events.append((event, fields)), pulse=pulse,
+            expected_s=lambda predicted_s: max(predicted_s or 0.0, 7.5), saved=saved,
+            timeout=SimpleNamespace(expect=waits.append),
         )  # fmt: skip
-        evaluation._evaluator, evaluation.beats = Scripted(losses), pulse
+        evaluation._evaluator, evaluation.beats, evaluation.waits = Scripted(losses), pulse, waits
         return evaluation, events
 
     return made
@@ -84,6 +86,14 @@ def test_a_step_takes_as_long_as_one_of_training(make):
     evaluation.after(3, STOP, False)
     beat = read_beat(evaluation.beats._memory)
     assert beat.step == 3 and beat.expected_s == 7.5 and beat.is_long, "the first one is long"
+
+
+def test_a_larger_step_than_trainings_is_given_its_time(make):
+    evaluation, _ = make([1.0], every_steps=1)
+    evaluation.after(3, STOP, False)
+    assert [evaluation._planned(lengths).predicted_s for lengths in ([2, 3], [20, 4])] == [5, 24] and evaluation.waits == [7.5, 24]
+    evaluation.beats.at("forward")
+    assert read_beat(evaluation.beats._memory).expected_s == 24
 
 
 def test_a_run_that_stops_does_not_evaluate_first(make):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,15 @@ from efflaunch.errors import ConfigError, DataError
 from efflaunch.launcher.commands.evaluate import describe
 from efflaunch.launcher.rundir.metrics_events import is_sound
 from efflaunch.launcher.rundir.progress import evaluation_text
+from efflaunch.training.data import builtin
+from efflaunch.training.data.config import DataConfig
 from efflaunch.training.data.source import IGNORE
 from efflaunch.training.data.tokenizer import load_tokenizer
 from efflaunch.training.evaluation.best import Best
 from efflaunch.training.evaluation.config import EvalConfig, metric_names
 from efflaunch.training.evaluation.needle_config import NeedleConfig
 from efflaunch.training.evaluation.needle_texts import NeedleTask
-from efflaunch.training.evaluation.needles import Cell, NeedleResult, NeedleTally, check_needles, make_needles
+from efflaunch.training.evaluation.needles import Cell, NeedleResult, NeedleTally, check_needles, make_needles, needle_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,77 @@ def test_what_cannot_be_made(tokenizer: str) -> None:
     assert check_needles(config(lengths=[most], tasks=[NeedleTask.ONE_KEY]), tokenizer, 320) is None
     with pytest.raises(DataError, match=r"token id \d+; expected 0 to 9"):
         check_needles(config(), tokenizer, 10)
+
+
+def small(folder: Path, kind: str) -> str:
+    """A tokenizer that lacks something."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    letters = {character: number for number, character in enumerate("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:? ")}
+    words = {"A": 0, "number": 1, "of": 2, ".": 3, "[UNK]": 4}
+    if kind == "no digits":
+        made = Tokenizer(models.BPE({key: value for key, value in letters.items() if not key.isdigit()}, []))
+    elif kind == "no letters":
+        made = Tokenizer(models.BPE(letters, []))
+        made.normalizer = normalizers.Replace(Regex("[A-Za-z]"), "")
+    elif kind == "unigram":
+        made = Tokenizer(models.Unigram([("?", 0.0), *((key, -1.0) for key in letters if key not in "?7")], unk_id=0))
+    else:
+        made = Tokenizer(models.WordLevel(words, unk_token="[UNK]") if kind == "unknown" else models.WordLevel(words, unk_token="none"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("no digits", r"'\d', '\d', "),
+        ("no letters", "'R', 'a', 'i', 'n', 'f', ..."),
+        ("words", "'Rain', 'fell', 'on', 'the', 'roofs', ..."),
+        ("unknown", "'Rain', 'fell', 'on', 'the', 'roofs', ..."),
+        ("unigram", "'7'"),
+    ],
+)
+def test_a_tokenizer_that_cannot_write_the_texts_is_refused(tmp_path: Path, kind: str, lost: str) -> None:
+    name = small(tmp_path / "small", kind)
+    for make in (check_needles, make_needles):
+        with pytest.raises(ConfigError, match=rf"eval.needles: found tokenizer .*, which cannot write {lost}"):
+            make(config(), name, 320)
+
+
+def test_no_sample_has_less_room_than_those_that_were_checked(tmp_path: Path) -> None:
+    """Texts of one task are of unequal lengths where tokens are characters: places have longer and shorter names."""
+    from tokenizers import Tokenizer, models
+
+    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:? "
+    Tokenizer(models.BPE({character: number for number, character in enumerate(characters)}, [])).save(str(tmp_path / "tokenizer.json"))
+    name, own = str(tmp_path / "tokenizer.json"), {"tasks": [NeedleTask.ONE_KEY], "depths": [0.5]}
+    refused = []
+    for length in range(90, 120):
+        errors = []
+        for make in (check_needles, make_needles):
+            try:
+                make(config(lengths=[length], samples=12, **own), name, 320)
+            except ConfigError as error:
+                errors.append(str(error))
+        assert len(errors) != 1 and len(set(errors)) < 2, length
+        first_fits = True
+        try:
+            make_needles(config(lengths=[length], samples=1, **own), name, 320)
+        except ConfigError:
+            first_fits = False
+        refused += [length] * (bool(errors) and first_fits)
+    assert refused, "where the first sample has room and another has not"
+
+
+def test_the_tokenizer_is_the_one_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "builtin_corpus", lambda name, **_: builtin.BuiltinCorpus("corpus", f"tokenizer of {name}"))
+    own = DataConfig(name="t", max_seq_len=1024, global_batch_tokens=1024, builtin="python_stdlib", vocab_size=300)
+    assert needle_tokenizer(config(), own) == "tokenizer of python_stdlib" and needle_tokenizer(EvalConfig(), own) is None
+    assert needle_tokenizer(config(), replace(own, tokenizer="mine")) == "mine"
+    assert needle_tokenizer(config(), replace(own, builtin=None)) is None
 
 
 def result() -> NeedleResult:
