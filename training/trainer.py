@@ -181,15 +181,9 @@ class _Run:
         """The first rank whose node has next to nothing left, and the bytes it has."""
         self.hosts = host_names(self.session.topology.world)
         self.evaluation = RunEvaluation(
-            config,
-            self.session,
-            self.planner.plan_lengths,
-            report=self.metrics.write,
-            pulse=pulse,
-            expected_s=self.pace.expected_s,
-            timeout=self.timeout,
-            saved=extra.get("evaluation"),
-        )
+            config, self.session, self.planner.plan_lengths, report=self.metrics.write, pulse=pulse,
+            expected_s=self.pace.expected_s, timeout=self.timeout, saved=extra.get("evaluation"),
+        )  # fmt: skip
         self._write_start(restored)
 
     def _resolve_costs(self, stored: dict[str, Any] | None) -> Costs:
