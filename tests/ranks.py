@@ -243,7 +243,8 @@ def _leave_groups() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     made = [group for group in c10d._world.pg_map if group is not c10d._get_default_group()]
-    if not made:
+    # DeepSpeed makes its groups once in a process, and keeps them.
+    if not made or "deepspeed" in sys.modules:
         return
     # Layouts that torch remembers hold the first mesh of its kind, and its groups.
     _clear_sharding_prop_cache()

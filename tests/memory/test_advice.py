@@ -27,7 +27,7 @@ K = 1 << 10
 AUTO = MemoryConfig(name="auto", solve=True)
 TOO_LARGE = Ledgers(
     {
-        "1M on eight": partial(make_ledger, length=M, tokens_per_rank=128 * K),
+        "1M on eight": partial(make_ledger, length=M, tokens_per_rank=128 * K, machines=cluster(device_memory_bytes=76 * GIB)),
         "4M on eight": partial(make_ledger, length=4 * M, tokens_per_rank=512 * K),
         "keep": partial(make_ledger, length=128 * K, tokens_per_rank=16 * K, memory=policy("keep", "keep")),
         "whole gradients": partial(
