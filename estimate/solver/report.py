@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 from ...memory.activation_classes import activation_classes
 from ...memory.config import AttentionTiling
@@ -59,6 +60,11 @@ class SolveReport:
     least_budget: str | None
     """Where nothing fits: the one override that gives the device, or the host, the least that works; None where one is not enough."""
 
+    def __reduce__(self) -> tuple[Callable[..., SolveReport], tuple[dict[str, Any]]]:
+        """A copy for another process has its prices solved: what would solve them stays here."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _copied, (values | {"find_prices": self.prices},)
+
     @cached_property
     def prices(self) -> tuple[ShadowPrice, ...]:
         """What more memory and a faster link would save; solved when first asked for, as it takes longer than the policy itself."""
@@ -69,6 +75,11 @@ class SolveReport:
         """One sentence."""
         looked = f"{self.num_shapes} shapes, {self.num_solved} solved, the others cannot be faster"
         return f"no policy is faster{'' if self.gap < 0.0005 else f' by more than {percent(self.gap)}'} ({looked})"
+
+
+def _copied(values: dict[str, Any]) -> SolveReport:
+    prices = values["find_prices"]
+    return SolveReport(**values | {"find_prices": lambda: prices})
 
 
 def percent(share: float) -> str:

@@ -95,7 +95,7 @@ def test_a_run_tells_policy_and_certificate_at_its_start_and_end():
 
 
 def test_what_does_not_fit_is_said_at_the_start():
-    ledger = make_ledger(length=1 << 20, tokens_per_rank=128 * K, memory=policy())
+    ledger = make_ledger(length=1 << 20, tokens_per_rank=128 * K, memory=policy(), machines=cluster(device_memory_bytes=76 * GIB))
     start = {
         "event": "start",
         "steps": 3,
