@@ -11,16 +11,14 @@ FSDP2 loop; `peak_vs_plain_deepspeed` and `peak_vs_plain_fsdp`, our peak over th
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .ranks import on_fresh_ranks
 from .record import machine, write_json
-from .step import STEP_MODEL, same_loss, step_peak, timed_rounds
+from .step import STEP_MODEL, contest, same_loss, step_peak, timed_rounds
 
 PAIRS = {"deepspeed": ("ours_deepspeed", "plain_deepspeed"), "fsdp": ("ours_torch", "plain_fsdp")}
 """Our step under an engine, and the engine driven plainly."""
@@ -58,24 +56,7 @@ def summary(row: dict[str, Any]) -> dict[str, float]:
 
 def measure(lengths: tuple[int, ...], *, ranks: int, rounds: int, model: dict[str, Any] | None = None) -> dict[str, Any]:
     """All contestants on `ranks` fresh processes; the result is rank 0's."""
-    return on_fresh_ranks(_rank_main, ranks, model or STEP_MODEL, lengths, rounds)
-
-
-def _rank_main(rank: int, ranks: int, store: Path, model: dict[str, Any], lengths: tuple[int, ...], rounds: int, results: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    from ..parallel.topology import build_topology
-    from .contestants import Workload
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    figures = _compete(Workload(model, lengths, loss_chunk_tokens=1024), build_topology(replicate=1, device="cpu"), rounds)
-    if rank == 0:
-        results.put(figures)
-    dist.barrier()
-    dist.destroy_process_group()
+    return contest(_compete, model or STEP_MODEL, lengths, ranks=ranks, rounds=rounds)
 
 
 def _compete(workload: Any, topology: Any, rounds: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 from .ranks import on_fresh_ranks
 from .record import machine, write_json
 
+Compete = Callable[[Any, Any, int], dict[str, Any]]
+"""(workload, topology, rounds) -> what was measured, on every rank."""
 STEP_MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 4096,
@@ -78,10 +81,17 @@ def summary(rows: dict[str, Any]) -> dict[str, float]:
 
 def measure(lengths: tuple[int, ...], *, ranks: int, rounds: int, model: dict[str, Any] | None = None) -> dict[str, Any]:
     """All contestants on `ranks` fresh processes; the result is rank 0's."""
-    return on_fresh_ranks(_rank_main, ranks, model or STEP_MODEL, lengths, rounds)
+    return contest(_compete, model or STEP_MODEL, lengths, ranks=ranks, rounds=rounds)
 
 
-def _rank_main(rank: int, ranks: int, store: Path, model: dict[str, Any], lengths: tuple[int, ...], rounds: int, results: Any) -> None:
+def contest(compete: Compete, model: dict[str, Any], lengths: tuple[int, ...], *, ranks: int, rounds: int) -> dict[str, Any]:
+    """What `compete(workload, topology, rounds)` of a module finds on fresh gloo ranks that share one group; the result is rank 0's."""
+    return on_fresh_ranks(_rank_main, ranks, compete, model, lengths, rounds)
+
+
+def _rank_main(
+    rank: int, ranks: int, store: Path, compete: Compete, model: dict[str, Any], lengths: tuple[int, ...], rounds: int, results: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -92,7 +102,7 @@ def _rank_main(rank: int, ranks: int, store: Path, model: dict[str, Any], length
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     workload = Workload(model, lengths, loss_chunk_tokens=1024)
-    figures = _compete(workload, build_topology(replicate=1, device="cpu"), rounds)
+    figures = compete(workload, build_topology(replicate=1, device="cpu"), rounds)
     if rank == 0:
         results.put({**figures, "workload": asdict(workload)})
     dist.barrier()
